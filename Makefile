@@ -1,0 +1,101 @@
+# Every task of the project; `make help` lists them. CI is .ci/run, which calls these targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PIP_NO_INPUT := 1
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  \033[36m%-18s\033[0m %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Catalens needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml requirements/standalone.txt | $(BIN)/python
+	$(PIP) install -q --require-hashes -r requirements/standalone.txt
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed requirements/dev.txt
+	$(PIP) install -q --require-hashes -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.dev requirements/torch.txt
+	$(PIP) install -q --require-hashes -r requirements/torch.txt
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.installed ## install the command at .venv/bin/catalens
+
+.PHONY: dev
+dev: $(VENV)/.dev ## install what tests and checks need, and the git hooks
+	@if [ -d .git ]; then $(BIN)/pre-commit install >/dev/null; fi
+
+.PHONY: demo
+demo: install ## start the standalone process, import the demo catalogue, print the page's address
+	@exec $(BIN)/catalens demo
+
+.PHONY: serve
+serve: install ## start the standalone process on 127.0.0.1:8080
+	@exec $(BIN)/catalens serve
+
+.PHONY: check
+check: $(VENV)/.dev ## lint, format check and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/.dev ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: test
+test: $(VENV)/.dev ## unit, contract, service and end-to-end tests
+	$(BIN)/python -m pytest
+
+.PHONY: test-browser
+test-browser: $(VENV)/.dev ## the page in a real headless Chromium
+	@scripts/ensure-chromium
+	$(BIN)/python -m pytest tests/browser
+
+.PHONY: test-torch
+test-torch: $(VENV)/.torch ## the encoder against torch and transformers (gigabytes)
+	$(BIN)/python -m pytest tests/torch
+
+CHAOS_KILLS ?= 20
+.PHONY: test-chaos
+test-chaos: $(VENV)/.dev ## kill -9 during an import, CHAOS_KILLS times (20)
+	CHAOS_KILLS=$(CHAOS_KILLS) $(BIN)/python -m pytest tests/chaos --timeout 3000
+
+.PHONY: bench-standalone
+bench-standalone: $(VENV)/.dev ## import and search figures of the standalone process
+	$(BIN)/python -m benchmarks.standalone
+
+.PHONY: screenshots
+screenshots: $(VENV)/.dev ## take the README's screenshots in a real browser
+	@scripts/ensure-chromium
+	$(BIN)/python scripts/screenshots.py
+
+.PHONY: starter-model
+starter-model: | $(BIN)/python ## rebuild the bundled starter model from its ingredients
+	$(PYTHON) -m venv .cache/starter-venv
+	.cache/starter-venv/bin/python -m pip install -q -r models/starter/requirements.txt
+	.cache/starter-venv/bin/python models/starter/build.py
+
+UV_COMPILE = $(BIN)/uv pip compile -q pyproject.toml --universal --generate-hashes --no-emit-index-url \
+  --custom-compile-command 'make lock' --python-version 3.11
+.PHONY: lock
+lock: | $(BIN)/python ## resolve the dependencies again into requirements/*.txt
+	$(PIP) install -q uv
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --group build -o requirements/standalone.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --group build --group dev --group browser -c requirements/standalone.txt -o requirements/dev.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra torch --group build --group dev --group browser --group torch -c requirements/dev.txt -o requirements/torch.txt
+
+.PHONY: clean
+clean: ## remove the environment and caches, never your data
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Product events come in over HTTP and go onto the log."""

@@ -1,0 +1,1 @@
+"""Searches come in over HTTP and ranked products go out."""

@@ -1,0 +1,1 @@
+"""The vocabulary of Catalens: what every service says the same way."""

@@ -1,0 +1,55 @@
+"""Signals, supervision of named tasks and the drain deadline: how a process starts, lives and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+@asynccontextmanager
+async def stop_on_signals() -> AsyncIterator[asyncio.Event]:
+    """Yield an event that SIGTERM or SIGINT sets; only the owner of the process may use this."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+async def supervise(
+    tasks: Mapping[str, Coroutine[Any, Any, None]], stop: asyncio.Event, *, drain_deadline: float
+) -> None:
+    """Run named tasks until `stop` is set or one of them ends; then let the others drain, and end them.
+
+    Each task watches `stop` itself and returns when drained. A task that fails, or returns before `stop`, sets `stop`
+    for all; those still running `drain_deadline` seconds later are cancelled. The first failure is raised.
+    """
+    running = [asyncio.create_task(work, name=name) for name, work in tasks.items()]
+    stopper = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        await asyncio.wait([*running, stopper], return_when=asyncio.FIRST_COMPLETED)
+        stop.set()
+        _, late = await asyncio.wait(running, timeout=drain_deadline)
+        for task in late:
+            log.warning("drain.deadline", task=task.get_name(), seconds=drain_deadline)
+    finally:
+        stopper.cancel()
+        for task in running:
+            task.cancel()
+        results = await asyncio.gather(*running, return_exceptions=True)
+    for task, result in zip(running, results, strict=True):
+        if isinstance(result, Exception):
+            log.error("task.failed", task=task.get_name(), error=str(result))
+            raise result

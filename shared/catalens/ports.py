@@ -1,0 +1,278 @@
+"""The ports: what the services need from the outside world, each with its guarantee.
+
+An adapter is named by what it is (`SqliteEventLog`, `EdgeIndex`); one contract suite per port in
+tests/contracts runs on every adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from catalens.domain import (
+    Filter,
+    ImageUpdate,
+    IndexCounts,
+    IndexDocument,
+    Leg,
+    LegHit,
+    Message,
+    ModelSpec,
+    OfferUpdate,
+    Offsets,
+    PictureInfo,
+    Record,
+    StoredProduct,
+    TombstoneWrite,
+    TopicPartition,
+    WriteOutcome,
+)
+
+if TYPE_CHECKING:
+    from catalens.domain import Embedding
+
+RevokeCallback = Callable[[Collection[TopicPartition]], Awaitable[None]]
+
+
+class EventLog(Protocol):
+    """An ordered, durable, partitioned log with consumer groups (Kafka's model)."""
+
+    async def append(self, messages: Sequence[Message]) -> Sequence[tuple[TopicPartition, int]]:
+        """Append in order and return each message's place, only once all of them survive kill -9.
+
+        Records of one key keep their order. Raises StorageFull, Transient (log away), Misconfigured
+        (a topic that does not exist). Nothing is appended twice by one call.
+        """
+        ...
+
+    async def subscribe(
+        self, group: str | None, topics: Sequence[str], *, on_revoke: RevokeCallback | None = None
+    ) -> EventConsumer:
+        """Join `group` on `topics`, starting at the committed offsets, or at the earliest record.
+
+        With no group, every partition is read from its end as of this call, and nothing can be committed.
+        Within a group each partition has one owner at a time; `on_revoke` is awaited before a partition goes.
+        """
+        ...
+
+    async def lag(self, group: str, topics: Sequence[str]) -> Mapping[TopicPartition, int]:
+        """Return end offset − committed offset (or − earliest) per partition."""
+        ...
+
+    async def close(self) -> None:
+        """Release everything; consumers still open are closed."""
+        ...
+
+
+class EventConsumer(Protocol):
+    """One member of a group."""
+
+    async def fetch(self, max_records: int, timeout: float) -> Sequence[Record]:
+        """Return up to `max_records` records, in offset order per partition, waiting at most `timeout` seconds.
+
+        Returns as soon as there is at least one. Records of paused partitions are not returned.
+        """
+        ...
+
+    async def commit(self, offsets: Offsets) -> None:
+        """Durably store, per partition, the offset of the next record to read. Only owned partitions count."""
+        ...
+
+    def assignment(self) -> frozenset[TopicPartition]:
+        """Return the partitions owned now."""
+        ...
+
+    def pause(self, partitions: Collection[TopicPartition]) -> None:
+        """Stop returning records of these until `resume`; an assignment change clears it."""
+        ...
+
+    def resume(self, partitions: Collection[TopicPartition]) -> None:
+        """Undo `pause`."""
+        ...
+
+    def rewind(self, record: Record) -> None:
+        """Return `record` and what follows it again at the next fetches, as a retry that is not due needs."""
+        ...
+
+    async def close(self) -> None:
+        """Leave the group at once, without committing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """A picture's embedding and what was seen while decoding it."""
+
+    embedding: Embedding
+    info: PictureInfo
+
+
+class Encoder(Protocol):
+    """Turns texts and pictures into vectors of one space. One future an item; batching is inside."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What model this is."""
+        ...
+
+    async def embed_text(self, text: str, *, bulk: bool = False) -> Embedding:
+        """Return the text's vector.
+
+        `bulk=False` (queries) goes first and raises Overloaded when the queue is full; `bulk=True` waits for room.
+        Raises Transient if the runtime is away.
+        """
+        ...
+
+    async def embed_image(self, picture: bytes, *, bulk: bool = False) -> EncodedImage:
+        """Return the picture's vector; as embed_text, and raises InvalidPicture with the reason."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what is in flight, refuse the rest, release the model."""
+        ...
+
+
+class VectorIndex(Protocol):
+    """Versioned documents with named vectors. Every write is conditional on its version and durable on return
+    (kill -9; see the adapter on power loss). Hidden from every read but `counts`: tombstones, lone offers."""
+
+    async def upsert(self, documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        """Write contents that are newer than what is stored, content tombstones included; per document.
+
+        An equal version is "known" and changes nothing; an offer that the product carries is applied by its own
+        version in the same write. One batch may name a product twice: the result is as if written one by one.
+        """
+        ...
+
+    async def update_images(self, updates: Sequence[ImageUpdate]) -> Sequence[WriteOutcome]:
+        """Set picture vector and status where the stored content version is exactly that of the update."""
+        ...
+
+    async def update_offers(self, updates: Sequence[OfferUpdate]) -> Sequence[WriteOutcome]:
+        """Merge newer offers' set fields; one without a product is kept hidden and joins it when it comes."""
+        ...
+
+    async def delete(self, tombstones: Sequence[TombstoneWrite]) -> Sequence[WriteOutcome]:
+        """Replace the content by a versioned tombstone, hidden from every query; the offer's version stays."""
+        ...
+
+    async def search(self, tenant: str, legs: Sequence[Leg], where: Filter) -> Sequence[Sequence[LegHit]]:
+        """Return each leg's best live products under `where`, best first, at most `leg.limit`."""
+        ...
+
+    async def get(
+        self, tenant: str, product_ids: Sequence[str], *, with_vectors: bool = False
+    ) -> Mapping[str, StoredProduct]:
+        """Return the live products among `product_ids`."""
+        ...
+
+    async def page(self, tenant: str, *, after: str | None, limit: int, where: Filter) -> Sequence[StoredProduct]:
+        """Return live products in ascending product_id order (code points), those after `after`."""
+        ...
+
+    async def counts(self, tenant: str) -> IndexCounts:
+        """Return how many documents of each kind there are."""
+        ...
+
+    async def collect_tombstones(self, older_than: float) -> int:
+        """Forget tombstones that were written before `older_than` (Unix seconds); returns how many."""
+        ...
+
+    async def blobs_in_use(self, tenant: str | None, references: Sequence[str]) -> frozenset[str]:
+        """Return those blob references that some stored product (of any tenant if None) still names."""
+        ...
+
+    async def flush(self) -> None:
+        """Make everything written so far survive power loss, where the adapter can."""
+        ...
+
+    async def close(self) -> None:
+        """Flush and release."""
+        ...
+
+
+class EmbeddingCache(Protocol):
+    """Vectors by content hash and model fingerprint. Losing it costs time, never data; it never raises."""
+
+    async def get(self, keys: Sequence[str]) -> Sequence[Embedding | None]:
+        """Return what is known, in order, in one round trip."""
+        ...
+
+    async def put(self, items: Mapping[str, Embedding]) -> None:
+        """Remember; may evict others."""
+        ...
+
+    def stats(self) -> Mapping[str, int]:
+        """Return hits, misses, entries."""
+        ...
+
+    async def close(self) -> None:
+        """Release."""
+        ...
+
+
+class ImageSource(Protocol):
+    """Fetches pictures from a hostile world."""
+
+    def check(self, url: str) -> None:
+        """Raise ForbiddenUrl if the URL is malformed or visibly forbidden, without any network access."""
+        ...
+
+    async def fetch(self, url: str) -> bytes:
+        """Return the bytes. Raises ForbiddenUrl, InvalidPicture (too many bytes), NotFound (404, 410) or
+        Transient (unreachable, slow, 5xx)."""
+        ...
+
+    async def close(self) -> None:
+        """Release."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Uploaded pictures by the SHA-256 of their bytes."""
+
+    async def put(self, data: bytes) -> str:
+        """Store durably and return the reference (lower-case hex SHA-256). Storing twice is storing once."""
+        ...
+
+    async def get(self, reference: str) -> bytes:
+        """Return the bytes; raises NotFound."""
+        ...
+
+    def references(self, *, older_than: float) -> AsyncIterator[str]:
+        """Iterate the references last stored before `older_than` (Unix seconds)."""
+        ...
+
+    async def delete(self, reference: str) -> None:
+        """Forget; unknown references are no error."""
+        ...
+
+    async def close(self) -> None:
+        """Release."""
+        ...
+
+
+class RequestMemory(Protocol):
+    """Remembers answers by Idempotency-Key, durably, for a limited time."""
+
+    async def remember(self, key: str, value: bytes, *, ttl: float) -> bytes:
+        """Store `value` under `key` unless it holds one that is not older than `ttl` seconds; return what it
+        then holds. Atomic: of two concurrent callers one value wins, and both are told which."""
+        ...
+
+    async def close(self) -> None:
+        """Release."""
+        ...
+
+
+class Clock(Protocol):
+    """Time, so that waiting can be tested without waiting."""
+
+    def now(self) -> float:
+        """Return Unix seconds."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Return after that long."""
+        ...
