@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,16 +23,19 @@ DEFAULT_TENANT = "default"
 # The namespace is part of every stored point id: it never changes.
 POINT_NAMESPACE = uuid.UUID("6d9b3a52-7d4e-5a0b-9a53-0c1f7e2b4c11")
 
+Integral = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+"""As the last annotation, integer then takes 5.0 as well: JSON has one type of number, and JSON Schema calls that an integer."""
+
 ProductId = Annotated[
     str,
     StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:\-]+$"),
     Field(description="The catalogue's own id.", examples=["allstar-sneakers"]),
 ]
 Tenant = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[a-z0-9\-]+$")]
-Version = Annotated[int, Field(ge=1, le=MAX_VERSION, description="Only grows for one product; newest wins.")]
+Version = Annotated[int, Field(ge=1, le=MAX_VERSION, description="Only grows for one product; newest wins."), Integral]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False, examples=[65.0])]
 Currency = Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$"), Field(description="ISO 4217", examples=["EUR"])]
-Stock = Annotated[int, Field(ge=0, le=MAX_VERSION)]
+Stock = Annotated[int, Field(ge=0, le=MAX_VERSION), Integral]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 AttributeKey = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 AttributeText = Annotated[str, StringConstraints(max_length=4096)]
@@ -55,11 +58,19 @@ class Value(BaseModel):
     same models with `extra="forbid"`.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class ImageRef(Value):
     """One picture of a product: exactly one of a URL, inline bytes or an uploaded blob."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"type": "string"}}} for name in ("url", "data", "blob")
+            ]
+        }
+    )
 
     url: Annotated[str, StringConstraints(min_length=1, max_length=2048)] | None = Field(
         default=None, description="http(s) address of the picture, fetched by the embedder"

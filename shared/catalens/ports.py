@@ -56,6 +56,10 @@ class EventLog(Protocol):
         """
         ...
 
+    async def expire(self, now: float) -> int:
+        """Drop records past their retention that every group has read; returns how many. Offsets never restart."""
+        ...
+
     async def lag(self, group: str, topics: Sequence[str]) -> Mapping[TopicPartition, int]:
         """Return end offset − committed offset (or − earliest) per partition."""
         ...
@@ -244,8 +248,8 @@ class BlobStore(Protocol):
         """Iterate the references last stored before `older_than` (Unix seconds)."""
         ...
 
-    async def delete(self, reference: str) -> None:
-        """Forget; unknown references are no error."""
+    async def delete(self, reference: str, *, older_than: float | None = None) -> None:
+        """Forget; unknown references are no error. With `older_than` only what was not stored again since then."""
         ...
 
     async def close(self) -> None:

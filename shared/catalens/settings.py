@@ -121,7 +121,9 @@ class Settings(BaseSettings):
         default=(), description='keys that the service accepts, JSON: [{"name": "shop", "secret": "…"}]'
     )
     allow_anonymous: bool = Field(default=False, description="bind beyond loopback without any API key")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least that is logged"
+    )
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="auto: readable on a terminal, JSON elsewhere"
     )

@@ -58,6 +58,8 @@ export function pictureIn(transfer) {
   const files = [...transfer.files];
   const file = files.find(({ type }) => type.startsWith("image/")) ?? files[0];
   if (file) return file;
+  // Any link has an address; only a dragged picture brings the markup of one.
+  if (!/<img\b/i.test(transfer.getData("text/html"))) return null;
   const address = transfer.getData("text/uri-list").split("\n").find((line) => line && !line.startsWith("#"));
   return address && /^(https?|data|blob):/i.test(address) ? address.trim() : null;
 }

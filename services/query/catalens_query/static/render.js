@@ -46,20 +46,25 @@ export function card(product, { api, eager, onSimilar }) {
   showStock(part(".stock"), product);
   showScore(part(".score"), product.score);
   showPicture(element, product, api, eager);
-  part(".similar-name").textContent = `: ${product.name}`;
+  part(".similar-name").textContent = `: ${title(product)}`;
   part(".similar").addEventListener("click", () => onSimilar(product));
   return element;
+}
+
+/** @param {Product} product @returns {string} */
+export function title(product) {
+  return product.name || product.product_id;
 }
 
 /** @param {Product} product @returns {Node} */
 function nameOf(product) {
   const url = webAddress(product.url);
-  if (!url) return document.createTextNode(product.name);
+  if (!url) return document.createTextNode(title(product));
   const link = document.createElement("a");
   link.href = url;
   link.target = "_blank";
   link.rel = "noopener";
-  link.textContent = product.name;
+  link.textContent = title(product);
   return link;
 }
 
@@ -82,8 +87,7 @@ function showScore(element, score) {
   if (typeof score !== "number") return;
   element.hidden = false;
   element.title = "Score: higher is a better match";
-  element.textContent = new Intl.NumberFormat(LANGUAGES, { maximumSignificantDigits: 3 }).format(score);
-  element.setAttribute("aria-label", `Score ${element.textContent}`);
+  element.textContent = `score ${new Intl.NumberFormat(LANGUAGES, { maximumSignificantDigits: 3 }).format(score)}`;
 }
 
 /** @param {HTMLElement} element @param {Product} product @param {Api} api @param {boolean} eager */

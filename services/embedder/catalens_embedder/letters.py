@@ -1,0 +1,101 @@
+"""Records that did not go through: when they come back, and where they end."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Final
+
+from catalens import events
+from catalens.domain import Message, Record
+from catalens.errors import CatalensError
+from catalens.events import ProductEvent
+
+_DELAYS: Final = {"catalog.retry.10s": 10.0, "catalog.retry.1m": 60.0, "catalog.retry.10m": 600.0}
+ATTEMPT: Final = "retry_attempt"
+DUE: Final = "retry_due"
+_ORIGIN: Final = ("retry_topic", "retry_partition", "retry_offset")
+
+
+class FailingWorker(CatalensError):
+    """So many events end as dead letters that the fault is the worker's: it stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a record first came from, and how often it was tried."""
+
+    topic: str
+    partition: str
+    offset: str
+    attempts: int
+
+
+def origin(record: Record) -> Origin:
+    """Return where `record` first stood in the log."""
+    headers = record.headers
+    topic, partition, offset = (
+        headers.get(name, str(own))
+        for name, own in zip(_ORIGIN, (record.topic, record.partition, record.offset), strict=True)
+    )
+    attempts = headers.get(ATTEMPT, "0")
+    return Origin(topic, partition, offset, int(attempts) if attempts.isdecimal() else 0)
+
+
+def due(record: Record) -> float:
+    """Return when a record of a retry topic may be tried again, Unix seconds; 0 for any other record."""
+    if record.topic not in _DELAYS:
+        return 0.0
+    try:
+        return float(record.headers.get(DUE, "0"))
+    except ValueError:
+        return 0.0
+
+
+def retry(event: ProductEvent, record: Record, now: float, error: str) -> Message | None:
+    """Return the record's next stop: the first, second, third retry topic; None when all were used up."""
+    came = origin(record)
+    if came.attempts >= len(events.RETRIES):
+        return None
+    topic = events.RETRIES[came.attempts]
+    message = events.encode(event)  # with its versions, which a foreign event may not have stated
+    headers = {
+        **message.headers,
+        ATTEMPT: str(came.attempts + 1),
+        DUE: f"{now + _DELAYS[topic]:.3f}",
+        **dict(zip(_ORIGIN, (came.topic, came.partition, came.offset), strict=True)),
+        "retry_error": error[:500],
+    }
+    return replace(message, topic=topic, headers=headers)
+
+
+def dead_letter(record: Record, reason: str, error: str) -> Message:
+    """Return the dead letter of `record`: its bytes and headers as they came, with reason and origin."""
+    came = origin(record)
+    headers = {
+        **record.headers,
+        "dlq_reason": reason,
+        "dlq_error": error[:2000],
+        "dlq_topic": came.topic,
+        "dlq_partition": came.partition,
+        "dlq_offset": came.offset,
+        "dlq_attempts": str(came.attempts + 1),
+    }
+    return Message(topic=events.DEAD_LETTERS, key=record.key, value=record.value, headers=headers)
+
+
+class DeadLetterLimit:
+    """Stops a worker that is failing everything: `share` of the last `window` events."""
+
+    def __init__(self, share: float, window: int = 200) -> None:
+        self._recent: deque[bool] = deque(maxlen=window)
+        self._most = share * window
+
+    def note(self, *, dead: bool) -> None:
+        """Count one finished event; raises FailingWorker beyond the limit."""
+        self._recent.append(dead)
+        failed = sum(self._recent) if dead else 0
+        if failed > self._most:
+            raise FailingWorker(
+                f"{failed} of the last {len(self._recent)} events became dead letters: the worker stops"
+            )

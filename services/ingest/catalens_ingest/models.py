@@ -1,0 +1,119 @@
+"""What the ingest side takes and answers over HTTP, beyond the product itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import ConfigDict, Field, StringConstraints, create_model, model_validator
+
+from catalens.domain import AttributeKey, AttributeValue, Label, Offer, Product, ProductId, Value, Version
+
+DEFAULT_WAIT: Final = 10.0
+MAX_ERRORS: Final = 100
+
+ProductBody = create_model(
+    "ProductBody",
+    __base__=Product,
+    __doc__="A whole product; its id is that of the path, and may be left out here.",
+    product_id=(ProductId | None, None),
+)
+
+
+class OfferBody(Offer):
+    """What changes of the offer; a field that is left out stays as it is, null forgets it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": [name]} for name in ("price", "currency", "stock")]}
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.model_fields_set.isdisjoint(("price", "currency", "stock")):
+            raise ValueError("give price, currency or stock")
+        return self
+
+
+class WaitParams(Value):
+    """Whether to wait until the product is searchable."""
+
+    wait: bool = Field(default=False, description="answer when the product is searchable with its picture, or failed")
+    timeout: float = DEFAULT_WAIT
+
+
+class DeleteParams(WaitParams):
+    """As of which version the product is gone."""
+
+    version: Version | None = Field(default=None, description="left out: now")
+
+
+def limited(params: type[WaitParams], max_wait: float) -> type[WaitParams]:
+    """Return `params` with the longest wait that this service allows."""
+    seconds = Annotated[float, Field(gt=0, le=max_wait, description="seconds to wait; then the answer is 202")]
+    return create_model(params.__name__, __base__=params, timeout=(seconds, min(DEFAULT_WAIT, max_wait)))
+
+
+class ProductForm(Value):
+    """A product as a form."""
+
+    product_id: ProductId
+    name: Label
+    description: Annotated[str, StringConstraints(max_length=20_000)] = ""
+    metadata: str = Field(
+        default="",
+        description="JSON object; becomes the product's attributes",
+        json_schema_extra={"contentMediaType": "application/json", "examples": ['{"color": "red"}']},
+    )
+
+
+class Metadata(Value):
+    """The form's metadata, parsed."""
+
+    metadata: Annotated[dict[AttributeKey, AttributeValue], Field(max_length=64)]
+
+
+Status = Literal["accepted", "indexed", "superseded", "failed"]
+
+
+class Receipt(Value):
+    """Accepted: the event survives any crash. With `wait`, what became of it."""
+
+    product_id: ProductId
+    version: Version | None = Field(description="content version; null when the call is about the offer only")
+    offer_version: Version | None = Field(description="offer version; null when the call says nothing of the offer")
+    event_id: str
+    status: Status = Field(
+        description="indexed: searchable with its picture; superseded: a newer version was there; failed: see error"
+    )
+    error: str | None = Field(default=None, description="why it failed; absent otherwise")
+
+
+class FormReceipt(Value):
+    """Accepted: the event survives any crash. With `wait`, what became of it."""
+
+    status: Literal["success", "indexed", "superseded", "failed"]
+    message: str
+    product_id: ProductId
+    version: Version
+
+
+class PictureReceipt(FormReceipt):
+    """Accepted, picture included. With `wait`, what became of it."""
+
+    embedding_type: str = Field(description="family of the model that will embed it: clip, siglip, starter")
+    embedding_dimension: int
+
+
+class LineProblem(Value):
+    """A line that was not accepted; `line` counts from 1, blank lines included."""
+
+    line: int
+    product_id: str | None = Field(description="null where the line names none")
+    error: str
+
+
+class BulkReceipt(Value):
+    """Every line was read; what was accepted survives any crash."""
+
+    accepted: int
+    rejected: int
+    errors: Annotated[list[LineProblem], Field(max_length=MAX_ERRORS)] = Field(description="the first 100")

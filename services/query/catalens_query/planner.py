@@ -1,0 +1,108 @@
+"""Turns a search request into a plan: which ranked lists to take from the index and how much each counts.
+
+Pure: no clock, no I/O. The weights are explained in docs/reference/search.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+import numpy as np
+
+from catalens.domain import Leg, SparseVector, VectorName
+
+if TYPE_CHECKING:
+    from catalens.domain import Embedding
+
+Mode: TypeAlias = Literal["semantic", "lexical", "hybrid"]
+RequestMode: TypeAlias = Literal["auto", "semantic", "lexical", "hybrid"]
+Using: TypeAlias = Literal["both", "image", "text"]
+
+LEXICAL_SHARE: Final = 0.6
+"""Above one half: the best lexical hit stands before every product that has none of the query's words."""
+PICTURE_SHARE_FOR_WORDS: Final = 0.5
+"""How much the products' pictures count in a search by words; the rest goes to their texts."""
+PICTURE_SHARE_FOR_PICTURE: Final = 0.9
+"""The same in a search by picture: like is compared with like, so the products' pictures count more."""
+
+TIERS: Final = (200, 2_000, 10_100)
+"""Depths at which the index is asked, one after the other until the page is reached (docs/reference/search.md).
+
+The last is the largest offset plus the largest limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedLeg:
+    """One ranked list of the plan: what is asked of the index, at any depth, and its share of the score."""
+
+    using: VectorName
+    vector: Embedding | SparseVector
+    weight: float
+
+    def at(self, depth: int) -> Leg:
+        """Return the index's leg of that depth."""
+        return Leg(using=self.using, vector=self.vector, limit=depth)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a request is answered: the mode that answers it and the share of each list; a missing name is not asked."""
+
+    mode: Mode
+    shares: Mapping[VectorName, float]
+
+    def legs(self, dense: Embedding | None, lexical: SparseVector | None) -> tuple[WeightedLeg, ...]:
+        """Return the legs for these query vectors; a list without one, or without any term, is left out."""
+        found = []
+        for name, share in self.shares.items():
+            vector = lexical if name == "lexical" else dense
+            if vector is None or (isinstance(vector, SparseVector) and not vector.indices):
+                continue
+            found.append(WeightedLeg(name, vector, share))
+        return tuple(found)
+
+
+def plan(mode: RequestMode, using: Using, image_weight: float) -> Plan:
+    """Return the plan of a search whose picture weighs `image_weight`: 0 is words only, 1 is picture only.
+
+    `auto` and `hybrid` add the lexical list as far as words count, so a search by picture alone is `semantic` in
+    every mode but `lexical`, which asks for words only.
+    """
+    if mode == "lexical":
+        return LEXICAL
+    dense = _dense_shares(using, image_weight)
+    lexical = 0.0 if mode == "semantic" else LEXICAL_SHARE * (1 - image_weight)
+    if lexical == 0:
+        return Plan("semantic", dense)
+    shares: dict[VectorName, float] = {name: share * (1 - lexical) for name, share in dense.items()}
+    return Plan("hybrid", {**shares, "lexical": lexical})
+
+
+LEXICAL: Final = Plan("lexical", {"lexical": 1.0})
+
+
+def similar_legs(vectors: Mapping[str, Embedding], using: Using) -> tuple[WeightedLeg, ...]:
+    """Return the legs of "more like this": the product's own picture and text, each against its like."""
+    shares = _dense_shares(using, 0.0)
+    return tuple(WeightedLeg(name, vectors[name], share) for name, share in shares.items() if name in vectors)
+
+
+def blend(words: Embedding, picture: Embedding, image_weight: float) -> Embedding:
+    """Return the query vector: (1 − w)·words + w·picture, normalised again; both are L2-normalised.
+
+    Exactly the words at 0 and the picture at 1. Opposite vectors cancel out: then the picture is taken.
+    """
+    if image_weight in (0, 1):
+        return picture if image_weight else words
+    mixed = (1 - image_weight) * words + image_weight * picture
+    length = float(np.linalg.norm(mixed))
+    return picture if length < 1e-6 else (mixed / length).astype(np.float32)  # rounding noise
+
+
+def _dense_shares(using: Using, image_weight: float) -> dict[VectorName, float]:
+    if using != "both":
+        return {using: 1.0}
+    picture = PICTURE_SHARE_FOR_WORDS + (PICTURE_SHARE_FOR_PICTURE - PICTURE_SHARE_FOR_WORDS) * image_weight
+    return {"image": picture, "text": 1 - picture}

@@ -1,0 +1,97 @@
+"""The Encoder port on top of any runtime: a micro-batcher a tower, and its metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from catalens.batching import BatchPolicy, MicroBatcher
+from catalens.domain import ModelSpec
+from catalens.encoders.towers import TextTower, Tower, VisionTower
+from catalens.ports import EncodedImage
+from catalens.settings import EncoderSettings
+from catalens.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from catalens.domain import Embedding
+
+Item = TypeVar("Item", bytes, str)
+Result = TypeVar("Result")
+
+
+class BatchedEncoder:
+    """Encoder: pictures and texts have lanes of their own, so that neither waits for the other."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        vision: VisionTower,
+        text: TextTower,
+        settings: EncoderSettings,
+        lanes: int,
+        metrics: Metrics,
+    ) -> None:
+        self._spec = spec
+        policy = BatchPolicy(settings.max_batch, settings.linger)
+        self._pictures: MicroBatcher[bytes, EncodedImage] = MicroBatcher(
+            "image", _stages("image", vision, metrics), lanes=lanes, policy=policy, capacity=settings.queue
+        )
+        self._texts: MicroBatcher[str, Embedding] = MicroBatcher(
+            "text", _stages("text", text, metrics), lanes=lanes, policy=policy, capacity=settings.queue
+        )
+        metrics.encoder_waiting.labels("image").set_function(self._pictures.waiting)
+        metrics.encoder_waiting.labels("text").set_function(self._texts.waiting)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What model this is."""
+        return self._spec
+
+    async def embed_text(self, text: str, *, bulk: bool = False) -> Embedding:
+        """Return the text's vector; the port says what it raises."""
+        return await self._texts.submit(text, bulk=bulk)
+
+    async def embed_image(self, picture: bytes, *, bulk: bool = False) -> EncodedImage:
+        """Return the picture's vector; the port says what it raises."""
+        return await self._pictures.submit(picture, bulk=bulk)
+
+    async def close(self) -> None:
+        """Finish what is in flight, refuse the rest."""
+        await self._pictures.close()
+        await self._texts.close()
+
+
+def _stages(
+    name: str, tower: Tower[Item, Any, Result], metrics: Metrics
+) -> Callable[[Sequence[Item]], Sequence[Result | Exception]]:
+    """Return the work of one batch: equal items are encoded once, an item that is bad costs only itself."""
+    items_done = metrics.encoder_items.labels(name)
+    batch_size = metrics.encoder_batch.labels(name)
+    prepare_seconds, run_seconds, finish_seconds = (
+        metrics.encoder_seconds.labels(name, stage) for stage in ("prepare", "run", "finish")
+    )
+
+    def encode(items: Sequence[Item]) -> list[Result | Exception]:
+        started = time.perf_counter()
+        prepared = tower.prepare(items)
+        prepare_seconds.observe(time.perf_counter() - started)
+        good = [item for item in prepared if not isinstance(item, Exception)]
+        if not good:
+            return [item for item in prepared if isinstance(item, Exception)]
+        started = time.perf_counter()
+        rows = tower.run(good)
+        run_seconds.observe(time.perf_counter() - started)
+        started = time.perf_counter()
+        results = iter(tower.finish(good, rows))
+        finish_seconds.observe(time.perf_counter() - started)
+        batch_size.observe(len(good))
+        return [item if isinstance(item, Exception) else next(results) for item in prepared]
+
+    def work(items: Sequence[Item]) -> list[Result | Exception]:
+        once = list(dict.fromkeys(items))
+        known = dict(zip(once, encode(once), strict=True))
+        items_done.inc(len(items))
+        return [known[item] for item in items]
+
+    return work

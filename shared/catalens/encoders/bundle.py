@@ -1,0 +1,192 @@
+"""The model bundle: a folder that says what a model is, how its inputs are prepared and what it may be used for.
+
+The format is described in docs/model-bundles.md. Nothing here needs a model runtime, so that a service
+which only wants a model's family and dimension stays without one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+import catalens
+from catalens.domain import ModelSpec
+from catalens.errors import Misconfigured
+
+MANIFEST = "bundle.json"
+VISION = "vision.onnx"
+TEXT = "text.onnx"
+TOKENIZER = "tokenizer.json"
+
+Channels = tuple[float, float, float]
+Word = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class Part(BaseModel):
+    """A frozen part of bundle.json. Fields of a later release are ignored; none that matters has a default."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ImageInput(Part):
+    """How a picture becomes `pixels`: resize, crop, then (rgb × rescale − mean) / std per channel."""
+
+    size: Annotated[int, Field(ge=8, le=2048)]
+    resize_to: Annotated[int, Field(ge=8, le=4096)]
+    resize: Literal["shortest_edge", "squash", "pad"]
+    crop: Literal["center"]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    rescale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    mean: Channels
+    std: Channels
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.resize_to < self.size:
+            raise ValueError("resize_to is smaller than size, so the crop would reach beyond the picture")
+        if self.resize != "shortest_edge" and self.resize_to != self.size:
+            raise ValueError(f'resize "{self.resize}" leaves nothing to crop: set resize_to to size')
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+class TextInput(Part):
+    """How a text becomes `input_ids`: prefix, lower case, tokenizer, cut at `max_tokens`."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=8192)]
+    prefix: str
+    pad_id: Annotated[int, Field(ge=0)]
+    lowercase: bool
+
+
+class FileEntry(Part):
+    """What a file must be, to the bit."""
+
+    sha256: Annotated[str, StringConstraints(pattern=r"^[a-f0-9]{64}$")]
+    bytes: Annotated[int, Field(ge=1)]
+
+
+class Manifest(Part):
+    """bundle.json, format 1."""
+
+    format: Literal[1]
+    id: Word
+    revision: Word
+    family: Word
+    dimension: Annotated[int, Field(ge=1, le=65_536)]
+    precision: Literal["fp32"]
+    image: ImageInput
+    text: TextInput
+    licence: str
+    source: str
+    languages: tuple[str, ...]
+    files: Mapping[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._\-]*$")], FileEntry]
+    evaluation: Mapping[str, object] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        missing = {VISION, TEXT, TOKENIZER} - self.files.keys()
+        if missing:
+            raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A folder whose files are exactly those that its manifest lists."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Return where the file `name` of the bundle lies."""
+        return self.folder / name
+
+    def spec(self, precision: str) -> ModelSpec:
+        """Return the model's identity when run at `precision`; equal fingerprints give comparable vectors."""
+        manifest = self.manifest
+        identity = {
+            "id": manifest.id,
+            "revision": manifest.revision,
+            "precision": precision,
+            "image": manifest.image.model_dump(),
+            "text": manifest.text.model_dump(),
+            "files": {name: entry.sha256 for name, entry in manifest.files.items()},
+        }
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return ModelSpec(
+            id=manifest.id,
+            revision=manifest.revision,
+            family=manifest.family,
+            dimension=manifest.dimension,
+            fingerprint=hashlib.sha256(canonical.encode()).hexdigest()[:32],
+        )
+
+
+def resolve(model: str, data_dir: Path) -> Path:
+    """Return the folder of `model`: a bundled model's name, a name under data_dir/models, or a folder.
+
+    Raises Misconfigured with every place that was tried.
+    """
+    package = Path(catalens.__file__).parent
+    tried = [
+        package / "bundles" / model,  # a wheel carries its models
+        package.parents[1] / "models" / model / "bundle",  # a checkout, installed editable
+        data_dir / "models" / model,
+        Path(model).expanduser(),
+    ]
+    for folder in tried:
+        if (folder / MANIFEST).is_file():
+            return folder
+    places = ", ".join(str(folder) for folder in tried)
+    raise Misconfigured(
+        f"CATALENS_MODEL={model}: no model bundle of that name ({MANIFEST} was looked for in {places}); "
+        "set it to 'starter', to a name under CATALENS_DATA_DIR/models or to a bundle's folder"
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of the bundle in `folder`, without a look at its other files. Raises Misconfigured."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise Misconfigured(f"{path} cannot be read ({error.strerror}): point CATALENS_MODEL at a bundle") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise Misconfigured(
+            f"{path} is no bundle manifest of format 1: {where}: {first['msg']}; see docs/model-bundles.md"
+        ) from error
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Return the bundle in `folder` once every file in it has the size and SHA-256 that the manifest states.
+
+    Reads all files (blocking). Raises Misconfigured naming the file that is not as it should be.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        _check_file(folder / name, entry)
+    return Bundle(folder, manifest)
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    mend = "copy the bundle again, or write the new checksums to bundle.json if the change was meant"
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise Misconfigured(f"{path} has {size} bytes where bundle.json says {entry.bytes}: {mend}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Misconfigured(f"{path} cannot be read ({error.strerror}): {mend}") from error
+    if digest != entry.sha256:
+        raise Misconfigured(f"{path} has SHA-256 {digest} where bundle.json says {entry.sha256}: {mend}")

@@ -1,0 +1,89 @@
+"""Runs a bundle's two towers on the CPU through OpenVINO (docs/adr/0005)."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Importing openvino imports its converter, which reports the import to its makers over the network and leaves
+# files in the home directory, unless their telemetry package cannot be had: then it uses a stub.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None is how Python spells "not importable"
+
+import openvino as ov  # noqa: E402  # only after the line above
+
+from catalens.encoders.bundle import TEXT, VISION, Bundle  # noqa: E402  # as above
+from catalens.errors import Misconfigured, Transient  # noqa: E402  # as above
+from catalens.settings import EncoderSettings  # noqa: E402  # as above
+
+Rows = NDArray[np.float32]
+
+# Pictures in one inference. Activations are what costs memory (some 40 MB a picture in a convolutional tower), and
+# more than two at once gain little on one thread (docs/adr/0005).
+_PICTURES: Final = 2
+
+
+class _Graph:
+    """One compiled tower; any number of threads may run it, each with a request of its own."""
+
+    def __init__(self, core: ov.Core, path: Path, dimension: int, config: Mapping[str, Any]) -> None:
+        try:
+            self._compiled = core.compile_model(str(path), "CPU", dict(config))
+            shape = self._compiled.output(0).get_partial_shape()
+        except RuntimeError as error:
+            raise Misconfigured(f"OpenVINO cannot run {path}: {error}") from error
+        if shape.rank.get_length() != 2 or not shape[1].compatible(ov.Dimension(dimension)):
+            raise Misconfigured(f"{path} gives {shape} where bundle.json says {dimension} values an item")
+        self._per_thread = threading.local()
+
+    def run(self, **inputs: NDArray[Any]) -> Rows:
+        request = getattr(self._per_thread, "request", None)
+        try:
+            if request is None:
+                request = self._per_thread.request = self._compiled.create_infer_request()
+            request.infer(inputs, share_inputs=True)
+            return np.array(request.get_output_tensor(0).data, np.float32)
+        except RuntimeError as error:
+            raise Transient(f"the model failed: {error}") from error
+
+
+class OpenVinoRuntime:
+    """Both towers, compiled; `lanes` inferences of each run at once, on one thread each.
+
+    Compiling is blocking and takes a second; what it makes is kept under `cache`, which makes the next start quick.
+    Raises Misconfigured: a model OpenVINO cannot run, or a precision that this processor has not.
+    """
+
+    def __init__(self, bundle: Bundle, settings: EncoderSettings, lanes: int, cache: Path) -> None:
+        core = ov.Core()
+        if settings.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise Misconfigured("this processor has no bf16: set CATALENS_ENCODER__PRECISION=f32")
+        cache.mkdir(parents=True, exist_ok=True)
+        core.set_property({"CACHE_DIR": str(cache)})
+        config = {
+            # Left alone it picks bf16 by processor, and a mixed fleet would mix vectors.
+            "INFERENCE_PRECISION_HINT": settings.precision,
+            "NUM_STREAMS": str(lanes),
+            "INFERENCE_NUM_THREADS": str(lanes),
+            "ENABLE_CPU_PINNING": False,
+        }
+        dimension = bundle.manifest.dimension
+        with ThreadPoolExecutor(2, thread_name_prefix="compile") as pool:
+            vision = pool.submit(_Graph, core, bundle.path(VISION), dimension, config)
+            text = pool.submit(_Graph, core, bundle.path(TEXT), dimension, config)
+            self._vision, self._text = vision.result(), text.result()
+
+    def run_vision(self, pixels: NDArray[np.float32]) -> Rows:
+        """Return [N, dimension] for pixels [N, 3, H, W]. Raises Transient."""
+        parts = range(0, len(pixels), _PICTURES)
+        return np.concatenate([self._vision.run(pixels=pixels[part : part + _PICTURES]) for part in parts])
+
+    def run_text(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Rows:
+        """Return [N, dimension] for ids and mask [N, T]. Raises Transient."""
+        return self._text.run(input_ids=input_ids, attention_mask=attention_mask)

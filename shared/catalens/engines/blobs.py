@@ -1,0 +1,123 @@
+"""FileBlobStore: uploaded pictures as files, named by the SHA-256 of their bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import threading
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+from catalens.domain import sha256_hex
+from catalens.engines.folder import storage_error, sync_folder
+from catalens.errors import NotFound
+
+_REFERENCE: Final = re.compile(r"[a-f0-9]{64}")
+
+
+class FileBlobStore:
+    """A BlobStore in a folder of one process: ab/abcd…, each file whole or absent, whatever happens.
+
+    A file's modification time is when it was last stored.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Open or create the store in `root`, at start-up: it reads and writes there. Raises StorageFull, Transient."""
+        self._unfinished = root / "unfinished"
+        self._folders = {f"{number:02x}": root / f"{number:02x}" for number in range(256)}
+        self._lock = threading.Lock()  # a conditional delete and a put of the same blob take turns
+        try:
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            for leftover in self._unfinished.iterdir():  # of a process that was killed
+                leftover.unlink()
+            for folder in self._folders.values():
+                folder.mkdir(exist_ok=True)
+            sync_folder(root)
+        except OSError as error:
+            raise storage_error(error, f"{root} cannot be prepared") from error
+
+    async def put(self, data: bytes) -> str:
+        """Store durably and return the reference; a known blob becomes young again. Raises StorageFull, Transient."""
+        return await asyncio.to_thread(self._put, data)
+
+    async def get(self, reference: str) -> bytes:
+        """Return the bytes; raises NotFound, Transient."""
+        path = self._path(reference)
+        if path is None:
+            raise NotFound(f"there is no picture {reference[:64]!r}")
+        try:
+            return await asyncio.to_thread(path.read_bytes)
+        except FileNotFoundError:
+            raise NotFound(f"there is no picture {reference}") from None
+        except OSError as error:
+            raise storage_error(error, f"picture {reference} cannot be read") from error
+
+    async def references(self, *, older_than: float) -> AsyncIterator[str]:
+        """Iterate the references last stored before `older_than` (Unix seconds)."""
+        for folder in self._folders.values():
+            for reference in await asyncio.to_thread(_stored_before, folder, older_than):
+                yield reference
+
+    async def delete(self, reference: str, *, older_than: float | None = None) -> None:
+        """Forget; with `older_than` only if it was not stored again since."""
+        path = self._path(reference)
+        if path is not None:
+            await asyncio.to_thread(self._delete, path, older_than)
+
+    async def close(self) -> None:
+        """Nothing is held open."""
+
+    def _path(self, reference: str) -> Path | None:
+        return self._folders[reference[:2]] / reference if _REFERENCE.fullmatch(reference) else None
+
+    def _put(self, data: bytes) -> str:
+        reference = sha256_hex(data)
+        path = self._folders[reference[:2]] / reference
+        try:
+            with self._lock:
+                known = path.exists()
+                if known:
+                    os.utime(path)
+            if not known:
+                self._write(path, data)
+            sync_folder(path.parent)  # of a known one too: its writer may not have come that far
+        except OSError as error:
+            raise storage_error(error, "the picture cannot be stored") from error
+        return reference
+
+    def _write(self, path: Path, data: bytes) -> None:
+        unfinished = self._unfinished / uuid.uuid4().hex
+        try:
+            with unfinished.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    def _delete(self, path: Path, older_than: float | None) -> None:
+        try:
+            with self._lock:
+                if older_than is None or path.stat().st_mtime < older_than:
+                    path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise storage_error(error, f"picture {path.name} cannot be deleted") from error
+
+
+def _stored_before(folder: Path, older_than: float) -> list[str]:
+    found: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if entry.stat().st_mtime < older_than:
+                    found.append(entry.name)
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+    return found

@@ -1,0 +1,210 @@
+"""Words of products and queries as sparse vectors: BM25's term-frequency part here, its idf kept by the index.
+
+English and French first, without knowing which: a word is indexed as it is written (case and accents folded) and by
+its Snowball stems in both languages, and a query spreads one word's weight over these terms, so that it counts once.
+BM25 after Robertson & Zaragoza (2009), fields weighted in the term frequency as BM25F does, average length fixed.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Final
+
+import snowballstemmer  # type: ignore[import-untyped]  # it ships no types
+
+from catalens.domain import Product, SparseVector
+
+K1: Final = 1.2
+B: Final = 0.5
+"""Half the usual correction: a long description is more often detail than padding."""
+AVERAGE_LENGTH: Final = 40.0
+"""Words of a typical product. Fixed, because a moving average would change what is already stored."""
+
+NAME, LABEL, ATTRIBUTE, DESCRIPTION = 3.0, 2.0, 1.5, 1.0
+"""What one occurrence counts: in the name, in brand or category, in an attribute, in the description."""
+
+EMBEDDED_DESCRIPTION: Final = 300
+"""Characters of the description that the text tower sees: it truncates soon after."""
+
+_EXACT_SHARE: Final = 0.3
+"""Part of a query word's weight that only the very same spelling earns; the stems share the rest."""
+_WHOLE_SHARE: Final = 0.5
+"""Part of a compound's weight that the whole earns ("tshirt"); its parts share the rest."""
+
+_APOSTROPHES: Final = str.maketrans(dict.fromkeys("’‘ʼ`´′", "'"))
+_ELISION: Final = re.compile(r"\b(?:[cdjlmnst]|qu|jusqu|lorsqu|puisqu|quoiqu)'(?=\w)")
+_POSSESSIVE: Final = re.compile(r"'s\b")
+_WORD: Final = re.compile(r"\d+[.,]\d+(?!\w)|[^\W_]+(?:[-._/:+&'][^\W_]+)*")
+_DECIMAL: Final = re.compile(r"\d+[.,]\d+")
+_SEPARATOR: Final = re.compile(r"[-._/:+&']")
+_LETTERS: Final = str.maketrans({"œ": "oe", "æ": "ae", "ø": "o", "đ": "d", "ł": "l", "ı": "i"})
+# Words that say nothing in either language; one that means something in the other is not here (or, son, car, but).
+_STOP: Final = frozenset(
+    word
+    for words in (
+        "a an and are at by for from in is it my of on that the this to with your",
+        "à au aux avec ce ces cet cette d de des du elle en est et il l la le les ma mes par pour que qui sur un une",
+        "vos votre",
+    )
+    for word in words.split()
+)
+
+
+class _Stemmers(threading.local):
+    """A thread's own stemmers: they keep the word at hand in themselves."""
+
+    def __init__(self) -> None:
+        self.english = snowballstemmer.stemmer("english")
+        self.french = snowballstemmer.stemmer("french")
+
+
+_stemmers = _Stemmers()
+
+
+def document_vector(product: Product) -> SparseVector:
+    """Return the product's BM25 term weights without idf; indices ascending, weights positive.
+
+    The product id is a term of its own, and so is every product code, whole.
+    """
+    frequencies: defaultdict[str, float] = defaultdict(float)
+    length = 0
+    for text, weight in _fields(product):
+        for word, _ in _words(text):
+            frequencies[word] += weight
+            length += 1
+    terms: defaultdict[int, float] = defaultdict(float)
+    for word, frequency in frequencies.items():
+        for term, _ in _terms(word):
+            terms[term] += frequency
+    terms[_identifier(product.product_id)] += NAME
+    norm = K1 * (1 - B + B * length / AVERAGE_LENGTH)
+    return _sparse({term: tf * (K1 + 1) / (tf + norm) for term, tf in terms.items()})
+
+
+def query_vector(text: str) -> SparseVector:
+    """Return the query's term weights: each word weighs 1, spread over its terms; empty if there is no word.
+
+    Words that say nothing ("the", "de") are left out unless there is no other.
+    """
+    words = _words(text)
+    telling = [(word, share) for word, share in words if word not in _STOP]
+    terms: defaultdict[int, float] = defaultdict(float)
+    for word, share in telling or words:
+        for term, part in _terms(word):
+            terms[term] += share * part
+    for chunk in text.split():
+        terms[_identifier(chunk)] += 1.0
+    return _sparse(terms)
+
+
+def text_for_embedding(product: Product) -> str:
+    """Return what the text tower sees: name, brand unless the name has it, category, start of the description."""
+    name = _plain(product.name)
+    brand = _plain(product.brand or "")
+    if brand.casefold() in name.casefold():
+        brand = ""
+    category = _plain((product.category or "").replace(">", ","))
+    description = _plain(product.description)
+    if len(description) > EMBEDDED_DESCRIPTION:
+        description = description[: EMBEDDED_DESCRIPTION + 1].rpartition(" ")[0] or description[:EMBEDDED_DESCRIPTION]
+    return ". ".join(
+        part for part in (", ".join(part for part in (name, brand, category) if part), description) if part
+    )
+
+
+def _fields(product: Product) -> Iterator[tuple[str, float]]:
+    yield product.name, NAME
+    yield product.brand or "", LABEL
+    yield product.category or "", LABEL
+    for key, value in product.attributes.items():
+        if isinstance(value, bool):
+            # A flag is told by its name: "waterproof", never "true".
+            yield (key if value else ""), ATTRIBUTE
+        elif isinstance(value, list):
+            yield " ; ".join(value), ATTRIBUTE
+        else:
+            yield str(value), ATTRIBUTE
+    yield product.description, DESCRIPTION
+
+
+def _words(text: str) -> list[tuple[str, float]]:
+    """Return the words in order, each with its share of one word's weight.
+
+    A compound gives the whole and its parts ("t-shirt": tshirt, t, shirt); a single letter, or a unit after a number,
+    is also joined with its neighbour ("t shirt": tshirt; "500 ml": 500ml), so that all spellings meet.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES)
+    if "'" in text:
+        text = _POSSESSIVE.sub("", _ELISION.sub("", text))
+    words: list[tuple[str, float]] = []
+    found = list(_WORD.finditer(text))
+    for match in found:
+        words += _split(match[0])
+    for before, after in pairwise(found):
+        if after.start() - before.end() == 1 and text[before.end()].isspace() and _joins(before[0], after[0]):
+            words.append((before[0] + after[0], _WHOLE_SHARE))
+    return words
+
+
+@lru_cache(maxsize=100_000)
+def _split(word: str) -> tuple[tuple[str, float], ...]:
+    if word.isalnum():
+        return ((word, 1.0),)
+    if _DECIMAL.fullmatch(word):
+        return ((word.replace(",", "."), 1.0),)
+    parts = [part for part in _SEPARATOR.split(word) if part]
+    whole = word.replace("-", "").replace("'", "")
+    return ((whole, _WHOLE_SHARE), *((part, (1 - _WHOLE_SHARE) / len(parts)) for part in parts))
+
+
+def _joins(before: str, after: str) -> bool:
+    if before in _STOP or after in _STOP or not (before.isalnum() and after.isalnum()):
+        return False
+    return 1 in (len(before), len(after)) or (before.isdecimal() and len(after) == 2 and after.isalpha())
+
+
+@lru_cache(maxsize=100_000)
+def _terms(word: str) -> tuple[tuple[int, float], ...]:
+    """Return the word's term ids, each with its share of the word's weight in a query; the shares sum to 1."""
+    folded = _fold(word)
+    exact = _term("=", folded)
+    if any(character.isdigit() for character in word):  # a number or a code: exact or not at all
+        return ((exact, 1.0),)
+    # Folding before and after the French stemmer: "brodée", "brodé" and "brodee" have a stem in common.
+    stems = {
+        _stemmers.english.stemWord(folded),
+        _stemmers.french.stemWord(folded),
+        _fold(_stemmers.french.stemWord(word)),
+    }
+    share = (1 - _EXACT_SHARE) / len(stems)
+    return ((exact, _EXACT_SHARE), *((_term("~", stem), share) for stem in sorted(stems)))
+
+
+def _fold(word: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", word.translate(_LETTERS))
+    return "".join(character for character in decomposed if not "\u0300" <= character <= "\u036f")
+
+
+def _identifier(text: str) -> int:
+    return _term("#", text.casefold())
+
+
+def _term(kind: str, text: str) -> int:
+    """Return a stable unsigned 32-bit id: part of what is stored, so the hash never changes."""
+    return int.from_bytes(blake2b((kind + text).encode(errors="surrogatepass"), digest_size=4).digest(), "little")
+
+
+def _sparse(weights: Mapping[int, float]) -> SparseVector:
+    items = sorted(weights.items())
+    return SparseVector(tuple(term for term, _ in items), tuple(weight for _, weight in items))
+
+
+def _plain(text: str) -> str:
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())

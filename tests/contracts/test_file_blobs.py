@@ -1,0 +1,62 @@
+"""What FileBlobStore promises beyond its port: files that are whole or absent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from catalens.engines.blobs import FileBlobStore
+
+OLD = 1_000_000_000.0
+
+
+async def test_putting_a_known_blob_makes_it_young_again(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path)
+    reference = await store.put(b"picture")
+    os.utime(tmp_path / reference[:2] / reference, (OLD, OLD))
+    assert [old async for old in store.references(older_than=OLD + 1)] == [reference]
+    await store.put(b"picture")
+    assert [old async for old in store.references(older_than=OLD + 1)] == []
+    await store.delete(reference, older_than=OLD + 1)
+    assert await store.get(reference) == b"picture"
+
+
+async def test_what_a_killed_process_left_unfinished_is_no_blob_and_is_swept(tmp_path: Path) -> None:
+    FileBlobStore(tmp_path)
+    (tmp_path / "unfinished" / "half").write_bytes(b"half a pict")
+    store = FileBlobStore(tmp_path)
+    assert [reference async for reference in store.references(older_than=4_000_000_000.0)] == []
+    assert list((tmp_path / "unfinished").iterdir()) == []
+
+
+FULL_DISK = """
+import asyncio, resource, sys
+from pathlib import Path
+from catalens.engines.blobs import FileBlobStore
+from catalens.errors import StorageFull
+
+async def main(root):
+    store = FileBlobStore(root)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        await store.put(b"x" * 200_000)
+    except StorageFull:
+        print("full")
+    print([reference async for reference in store.references(older_than=4e9)], list(store._unfinished.iterdir()))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    print(len(await store.get(await store.put(b"x" * 200_000))))
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+async def test_a_full_disk_leaves_nothing_behind_and_heals(tmp_path: Path) -> None:
+    """The file size limit stands for the full disk: it takes as many bytes as fit, then fails the write."""
+    child = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert child.stdout.splitlines() == ["full", "[] []", "200000"]

@@ -1,0 +1,63 @@
+"""What the command line makes of its arguments, and that its page names them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from catalens_standalone.cli import app, parse_filters
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "filters"),
+    [
+        (["brand=Nike"], {"brand": ["Nike"]}),
+        (["brand=Nike", "brand = Adidas"], {"brand": ["Nike", "Adidas"]}),
+        (["category=Sport > Shoes"], {"category": ["Sport > Shoes"]}),
+        (["price>=20", "price<=80.5"], {"price": {"gte": 20, "lte": 80.5}}),
+        (["stock>0"], {"stock": {"gt": 0}}),
+        (["price=5"], {"price": [5]}),
+        (["in_stock=true"], {"in_stock": [True]}),
+        (["attributes.color=red"], {"attributes.color": ["red"]}),
+        (["attributes.size=42"], {"attributes.size": [42, "42"]}),
+        (["attributes.weight<2"], {"attributes.weight": {"lt": 2}}),
+        (["brand=3"], {"brand": ["3"]}),
+        (["attributes.x=a=b"], {"attributes.x": ["a=b"]}),
+    ],
+)
+def test_filters(arguments: list[str], filters: dict[str, Any]) -> None:
+    assert parse_filters(arguments) == filters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["brand"], "key=value"),
+        (["=Nike"], "key=value"),
+        (["price>=cheap"], "cheap is no number"),
+        (["price=5", "price>=2"], "already has a value"),
+        (["price>=2", "price=5"], "already has a range"),
+    ],
+)
+def test_filters_that_make_no_sense(arguments: list[str], said: str) -> None:
+    with pytest.raises(typer.BadParameter, match=said):
+        parse_filters(arguments)
+
+
+def test_the_page_names_every_command_and_option() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    group = typer.main.get_group(app)
+    assert len(group.commands) == 5
+    for name, command in group.commands.items():
+        _, _, section = page.partition(f"\n## `catalens {name}")
+        assert section, name
+        section = section.split("\n## ")[0]
+        for parameter in command.params:
+            for option in parameter.opts:
+                if option.startswith("--") and option != "--help":
+                    assert f"`{option}" in section, f"{name} {option}"

@@ -1,0 +1,109 @@
+"""One ranking out of several lists, and pages that never overlap."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from catalens.domain import LegHit, VectorName
+from catalens_query.fusion import RankedList, extend, first, fuse, own_picture
+
+
+def ranked(using: VectorName, weight: float, **scores: float) -> RankedList:
+    hits = sorted((LegHit(key, score) for key, score in scores.items()), key=lambda hit: -hit.score)
+    return RankedList(using, weight, hits)
+
+
+def ids(hits: list[LegHit]) -> list[str]:
+    return [hit.product_id for hit in hits]
+
+
+def test_a_single_list_keeps_its_scores() -> None:
+    assert fuse([ranked("image", 1.0, a=0.2, b=0.31)]) == [LegHit("b", 0.31), LegHit("a", 0.2)]
+
+
+def test_ties_come_in_product_id_order_whatever_the_index_says() -> None:
+    hits = [LegHit("c", 0.5), LegHit("a", 0.5), LegHit("b", 0.5)]
+    assert ids(fuse([RankedList("text", 1.0, hits)])) == ["a", "b", "c"]
+
+
+def test_a_list_with_larger_numbers_counts_no_more() -> None:
+    """The modality gap: text to text cosines are far above text to image cosines."""
+    texts = ranked("text", 0.5, a=0.90, b=0.89, c=0.80)
+    pictures = ranked("image", 0.5, b=0.30, a=0.21, c=0.20)
+    assert ids(fuse([texts, pictures])) == ["b", "a", "c"]
+
+
+def test_scores_run_from_zero_to_one() -> None:
+    fused = fuse([ranked("text", 0.5, a=0.9, b=0.1), ranked("image", 0.5, a=0.3, b=0.2)])
+    assert fused == [LegHit("a", 1.0), LegHit("b", 0.0)]
+
+
+def test_weights_need_not_sum_to_one() -> None:
+    lists = [ranked("text", 0.5, a=0.9, b=0.1), ranked("image", 0.5, a=0.3, b=0.2)]
+    halved = [RankedList(one.using, one.weight / 2, one.hits) for one in lists]
+    assert fuse(halved) == fuse(lists)
+
+
+def test_the_best_lexical_hit_stands_before_all_that_have_none_of_the_words() -> None:
+    noise = {f"n{number}": 0.5 - number / 100 for number in range(20)}
+    lists = [
+        ranked("text", 0.2, **noise, code=0.1),
+        ranked("image", 0.2, **noise),
+        ranked("lexical", 0.6, code=3.2),
+    ]
+    assert ids(fuse(lists))[0] == "code"
+
+
+def test_a_weak_lexical_hit_is_measured_against_the_best_one() -> None:
+    fused = {hit.product_id: hit.score for hit in fuse([ranked("lexical", 0.5, a=8.0, b=2.0), ranked("text", 0.5)])}
+    assert fused == {"a": pytest.approx(0.5), "b": pytest.approx(0.125)}
+
+
+def test_equal_scores_in_a_list_are_all_the_best() -> None:
+    fused = fuse([ranked("text", 0.5, a=0.4, b=0.4), ranked("lexical", 0.5, b=1.0)])
+    assert fused == [LegHit("b", 1.0), LegHit("a", 0.5)]
+
+
+def test_empty_lists_are_no_error() -> None:
+    assert fuse([ranked("text", 0.5), ranked("lexical", 0.5)]) == []
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_pages_are_the_same_at_every_depth_and_never_overlap(single: bool) -> None:
+    draw = random.Random(7)
+    used: tuple[VectorName, ...] = ("image",) if single else ("image", "text", "lexical")
+    names = [f"p{number:03}" for number in range(300)]
+    lists = [
+        RankedList(using, 1.0, sorted((LegHit(key, draw.random()) for key in names), key=lambda hit: -hit.score))
+        for using in used
+    ]
+
+    def ranking(upto: int) -> list[LegHit]:
+        found: list[LegHit] = []
+        for depth in (20, 100, 300):
+            tier = fuse([RankedList(one.using, one.weight, one.hits[:depth]) for one in lists])
+            found = extend(found, tier, single=single)
+            if len(found) >= upto:
+                break
+        return found
+
+    whole = ranking(300)
+    assert sorted(ids(whole)) == names
+    assert [hit.score for hit in whole] == sorted((hit.score for hit in whole), reverse=True)
+    paged = [hit for start in range(0, 300, 7) for hit in ranking(start + 7)[start : start + 7]]
+    assert paged == whole
+
+
+def test_first_moves_the_product_to_the_front_without_losing_or_repeating_any() -> None:
+    ranking = [LegHit("a", 0.9), LegHit("b", 0.5)]
+    assert first(ranking, "b") == [LegHit("b", 0.9), LegHit("a", 0.9)]
+    assert first(ranking, "c") == [LegHit("c", 0.9), *ranking]
+    assert first([], "c") == [LegHit("c", 1.0)]
+
+
+def test_the_very_same_picture_is_known_by_its_cosine() -> None:
+    assert own_picture([ranked("text", 0.1, b=1.0), ranked("image", 0.9, a=0.99998, c=0.99)]) == "a"
+    assert own_picture([ranked("image", 0.9, a=0.999)]) is None
+    assert own_picture([ranked("image", 0.9), ranked("text", 0.1, a=1.0)]) is None

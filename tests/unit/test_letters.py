@@ -1,0 +1,73 @@
+"""Retries take the three topics in turn; dead letters name their origin; a worker that fails everything stops."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalens import events
+from catalens.domain import Message, Product, Record
+from catalens_embedder import letters
+
+
+def stored(message: Message, offset: int, timestamp: float = 1000.0) -> Record:
+    return Record(message.topic, 0, offset, message.key, message.value, message.headers, timestamp)
+
+
+def event() -> events.ProductEvent:
+    return events.new_event(Product(product_id="a", name="A", version=3), "default")
+
+
+def test_retries_use_each_topic_once_and_keep_the_origin() -> None:
+    record = stored(events.encode(event()), 7)
+    seen = []
+    for now in (100.0, 200.0, 300.0):
+        again = letters.retry(event(), record, now, "host is slow")
+        assert again is not None
+        seen.append((again.topic, float(again.headers[letters.DUE]) - now))
+        record = stored(again, offset=0)
+        assert letters.origin(record).offset == "7"
+        assert events.decode(record).data == event().data
+    assert seen == [("catalog.retry.10s", 10.0), ("catalog.retry.1m", 60.0), ("catalog.retry.10m", 600.0)]
+    assert letters.retry(event(), record, 0.0, "still slow") is None
+
+
+def test_only_retry_topics_make_records_wait() -> None:
+    message = events.encode(event())
+    first = stored(Message(message.topic, message.key, message.value, {letters.DUE: "9e9"}), 0)
+    assert letters.due(first) == 0.0
+    again = letters.retry(event(), first, 100.0, "x")
+    assert again is not None
+    assert letters.due(stored(again, 0)) == 110.0
+
+
+def test_a_dead_letter_keeps_the_bytes_and_says_where_they_came_from() -> None:
+    record = Record("catalog.products", 2, 41, "k", b"\xff not json", {"ce_type": "x", "retry_attempt": "2"}, 0.0)
+    letter = letters.dead_letter(record, "invalid_event", "unknown event type 'x'")
+    assert letter.topic == "catalog.dlq"
+    assert letter.value == record.value
+    assert letter.headers == {
+        "ce_type": "x",
+        "retry_attempt": "2",
+        "dlq_reason": "invalid_event",
+        "dlq_error": "unknown event type 'x'",
+        "dlq_topic": "catalog.products",
+        "dlq_partition": "2",
+        "dlq_offset": "41",
+        "dlq_attempts": "3",
+    }
+
+
+def test_the_limit_counts_a_share_of_the_recent_events() -> None:
+    limit = letters.DeadLetterLimit(0.5, window=10)
+    for _ in range(20):
+        limit.note(dead=False)
+    for _ in range(5):
+        limit.note(dead=True)
+    with pytest.raises(letters.FailingWorker, match="6 of the last 10"):
+        limit.note(dead=True)
+
+
+def test_the_limit_forgives_dead_letters_among_good_events() -> None:
+    limit = letters.DeadLetterLimit(0.5, window=10)
+    for number in range(100):
+        limit.note(dead=number % 2 == 0)
