@@ -55,13 +55,10 @@ def animated_gif(first: tuple[int, int, int], second: tuple[int, int, int]) -> b
     return encode(plain(first), "GIF", save_all=True, append_images=[plain(second)], duration=50)
 
 
-def png_claiming(width: int, height: int) -> bytes:
-    """Return a small, well-formed PNG that unpacks to width × height black pixels of 24 bits: a bomb."""
-    packer = zlib.compressobj(9)
-    row = b"\x00" * (width * 3 + 1)
-    # One row is enough: nothing may come as far as to miss the others.
-    data = packer.compress(row) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def png_bomb(width: int, height: int) -> bytes:
+    """Return a small, whole PNG of one bit a pixel that unpacks to width × height pixels."""
+    data = zlib.compress((b"\x00" * ((width + 7) // 8 + 1)) * height, 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp.test_utils import TestServer
-from PIL import Image
+from tests.pictures import encode, plain
 
 from catalens import lexical
 from catalens.domain import Deletion, ImageRef, IndexDocument, Product, TombstoneWrite
@@ -27,13 +26,11 @@ TINY = Path(__file__).parent / "fixtures" / "bundles" / "tiny"
 TENANT = "default"
 
 
-def picture(red: int, green: int, blue: int, kind: str = "PNG", size: int = 48) -> bytes:
-    """Return a picture with a bright square in one corner, so that it is no plain colour."""
-    image = Image.new("RGB", (size, size), (red, green, blue))
-    image.paste((255, 255, 255), (0, 0, size // 3, size // 3))
-    held = io.BytesIO()
-    image.save(held, kind)
-    return held.getvalue()
+def picture(red: int, green: int, blue: int, kind: str = "PNG") -> bytes:
+    """Return a picture with a white square in one corner, so that it is no plain colour."""
+    image = plain((red, green, blue), 48, 48)
+    image.paste((255, 255, 255), (0, 0, 16, 16))
+    return encode(image, kind)
 
 
 @dataclass

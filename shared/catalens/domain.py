@@ -24,7 +24,7 @@ DEFAULT_TENANT = "default"
 POINT_NAMESPACE = uuid.UUID("6d9b3a52-7d4e-5a0b-9a53-0c1f7e2b4c11")
 
 Integral = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
-"""As the last annotation, integer then takes 5.0 as well: JSON has one type of number, and JSON Schema calls that an integer."""
+"""As the last annotation, it lets an integer be written 5.0: JSON has one type of number, and JSON Schema agrees."""
 
 ProductId = Annotated[
     str,

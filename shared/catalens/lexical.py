@@ -110,7 +110,7 @@ def text_for_embedding(product: Product) -> str:
     brand = _plain(product.brand or "")
     if brand.casefold() in name.casefold():
         brand = ""
-    category = _plain((product.category or "").replace(">", ","))
+    category = _plain(", ".join(part.strip() for part in (product.category or "").split(">")))
     description = _plain(product.description)
     if len(description) > EMBEDDED_DESCRIPTION:
         description = description[: EMBEDDED_DESCRIPTION + 1].rpartition(" ")[0] or description[:EMBEDDED_DESCRIPTION]

@@ -257,7 +257,7 @@ def _request_content(operation: Operation, schemas: _Schemas) -> Json:
         text = "NDJSON: one JSON object a line, in UTF-8."
         if operation.body is not None:
             text += f" Each line is a {operation.body.__name__}; a line that is none is reported and skipped."
-        return {"application/x-ndjson": {"schema": {"type": "string", "description": text}}}
+        return {"application/x-ndjson": {"schema": {"description": text}}}
     content: Json = {}
     if operation.body is not None:
         content["application/json"] = {"schema": schemas.request(operation.body)}

@@ -52,20 +52,19 @@ class Picture:
             )
         try:
             self._image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            self._size = self._image.size
-            self._orientation = _orientation(self._image)
         except UnidentifiedImageError as error:
             raise InvalidPicture(
                 "not_a_picture", "not a picture: JPEG, PNG, WebP, GIF and AVIF are recognised, by content"
             ) from error
         except Exception as error:  # the boundary: hostile headers make Pillow raise many kinds of error
             raise InvalidPicture("not_a_picture", f"the picture's header is broken: {error}") from error
-        width, height = self._size
+        self._size = width, height = self._image.size
         if width * height > limits.max_pixels:
             raise InvalidPicture(
                 "too_many_pixels",
                 f"the picture has {width}×{height} pixels, more than the {limits.max_pixels} allowed",
             )
+        self._orientation = _orientation(self._image)
         if self._orientation in _TURNED:
             width, height = height, width
         name = (self._image.format or "unknown").lower()
@@ -122,7 +121,8 @@ def _damaged(error: Exception) -> InvalidPicture:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        # The base class's method, because PNG's own unpacks all pixels to find an EXIF block behind them.
+        value = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
     except Exception:  # noqa: BLE001  # broken EXIF raises a dozen kinds of error, and says nothing about the pixels
         return 1
     return value if isinstance(value, int) else 1

@@ -148,7 +148,8 @@ class _Door:
             return
         if request.method not in ("GET", "HEAD") and request.headers.get("Sec-Fetch-Site") == "cross-site":
             raise Problem(403, "another site's page may not change anything here without an API key")
-        if self._local_only and not _is_loopback(_host_name(request.headers.get(hdrs.HOST, ""))):
+        host = request.headers.get(hdrs.HOST)
+        if self._local_only and host is not None and not _is_loopback(_host_name(host)):
             raise Problem(
                 403, "without API keys only the Host localhost is served: set CATALENS_API_KEYS, or "
                 "CATALENS_ALLOW_ANONYMOUS=true to let everybody in"
@@ -197,7 +198,7 @@ def _host_name(host: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    if host in ("", "localhost") or host.endswith(".localhost"):
+    if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -202,21 +202,21 @@ class TestFetch:
 
     async def test_close_ends_a_waiting_fetch(self, event_log: LogUnderTest) -> None:
         consumer = await event_log.log.subscribe("group", [event_log.narrow])
-        waiting = asyncio.create_task(consumer.fetch(10, LONG))
+        waiting = asyncio.create_task(consumer.fetch(10, 10 * LONG))
         await asyncio.sleep(0)
         await consumer.close()
         await consumer.close()
-        assert list(await waiting) == []
+        assert list(await asyncio.wait_for(waiting, LONG)) == []
         with pytest.raises(RuntimeError):
             await consumer.fetch(1, 0)
 
     async def test_closing_the_log_closes_its_consumers(self, event_log: LogUnderTest) -> None:
         consumer = await event_log.log.subscribe("group", [event_log.narrow])
-        waiting = asyncio.create_task(consumer.fetch(10, LONG))
+        waiting = asyncio.create_task(consumer.fetch(10, 10 * LONG))
         await asyncio.sleep(0)
         await event_log.log.close()
         await event_log.log.close()
-        assert list(await waiting) == []
+        assert list(await asyncio.wait_for(waiting, LONG)) == []
         await consumer.close()
 
 
@@ -418,11 +418,12 @@ class TestGroups:
         assert sorted(values(await collect(first, 40))) == list(range(40))
 
     async def test_a_cancelled_join_leaves_the_group_whole(self, event_log: LogUnderTest) -> None:
-        asked, drained = asyncio.Event(), asyncio.Event()
+        asked, drained, finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
         async def drain(partitions: Collection[TopicPartition]) -> None:
             asked.set()
             await drained.wait()
+            finished.set()
 
         first = await event_log.log.subscribe("group", [event_log.wide], on_revoke=drain)
         await settle([first], places(event_log.wide, 4))
@@ -435,6 +436,8 @@ class TestGroups:
             if not isinstance(joined, BaseException):  # it had joined before it could be cancelled
                 await joined.close()
         drained.set()
+        if asked.is_set():
+            await asyncio.wait_for(finished.wait(), LONG)  # the owner's drain was not cut short
         await settle([first], places(event_log.wide, 4))
         await event_log.log.append(numbered(event_log.wide, 40, keys=20))
         assert sorted(values(await collect(first, 40))) == list(range(40))

@@ -45,6 +45,13 @@ async def test_it_forgets_after_the_ttl_and_not_before(request_memory: MemoryUnd
     assert await request_memory.memory.remember("shop|1", b"fourth", ttl=DAY) == b"third"
 
 
+async def test_the_caller_says_how_old_is_too_old(request_memory: MemoryUnderTest) -> None:
+    await request_memory.memory.remember("shop|1", b"first", ttl=DAY)
+    request_memory.clock.seconds += 3600
+    assert await request_memory.memory.remember("shop|1", b"second", ttl=60) == b"second"
+    assert await request_memory.memory.remember("shop|1", b"third", ttl=DAY) == b"second"
+
+
 async def test_a_cancelled_caller_harms_no_other(request_memory: MemoryUnderTest) -> None:
     doomed = asyncio.create_task(request_memory.memory.remember("shop|1", b"doomed", ttl=DAY))
     await asyncio.sleep(0)

@@ -221,6 +221,13 @@ async def test_partitions_are_added_but_never_lost(tmp_path: Path) -> None:
         await log.close()
 
 
+async def test_a_key_has_the_same_partition_in_every_process(tmp_path: Path) -> None:
+    log = await SqliteEventLog.open(tmp_path / "events.sqlite3", topics=(TOPIC,), partitions={TOPIC: 4})
+    appended = await log.append([Message(TOPIC, f"default|p{number}", b"") for number in range(8)])
+    assert [place.partition for place, _ in appended] == [1, 3, 1, 3, 0, 2, 0, 2]
+    await log.close()
+
+
 def test_a_data_folder_has_one_owner_and_a_version(tmp_path: Path) -> None:
     path = tmp_path / "data"
     with DataFolder(path), pytest.raises(Misconfigured, match="in use by process"):
@@ -330,6 +337,11 @@ async def test_large_records_come_in_several_fetches(log: SqliteEventLog) -> Non
     await log.append([Message(TOPIC, "k", bytes(7_000_000)) for _ in range(5)])
     consumer = await log.subscribe("group", [TOPIC])
     assert [len(await consumer.fetch(100, 10)) for _ in range(2)] == [3, 2]
+
+
+async def test_more_callers_than_may_wait_take_turns(log: SqliteEventLog) -> None:
+    await asyncio.gather(*(log.append([message(str(number))]) for number in range(2500)))
+    assert len(await everything(log)) == 2500
 
 
 def test_partitions_are_dealt_evenly_and_stay_where_that_is_even_too() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -60,6 +62,23 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+def on_a_terminal(folder: Path, *arguments: str | Path, **changes: str) -> tuple[int, str]:
+    """Run the command on a terminal of its own; return its exit status and all that it drew."""
+    this_one = ("NO_COLOR", "TMUX", "KITTY_WINDOW_ID", "TERM_PROGRAM", "LC_TERMINAL")
+    inside = {name: value for name, value in environment(folder / "cache").items() if name not in this_one}
+    inside |= {"TERM": "xterm-256color", "COLORTERM": "truecolor"} | changes
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], cwd=folder, env=inside, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    drawn = bytearray()
+    with os.fdopen(ours, "rb", buffering=0) as screen, contextlib.suppress(OSError):  # EIO: the other side is gone
+        while block := screen.read(65_536):
+            drawn += block
+    return process.wait(timeout=60), drawn.decode()
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -112,6 +131,28 @@ def test_search_by_an_attribute_of_the_demo(run: Run, server: Standalone) -> Non
 def test_an_attribute_that_reads_as_a_number_is_found_as_text(run: Run, server: Standalone) -> None:
     done = run("search", "mouse", "--filter", "attributes.sku=834444", CATALENS_URL=server.url)
     assert [line.split("\t")[2] for line in done.stdout.splitlines()] == ["cordless-mouse"]
+
+
+def test_search_on_a_terminal_shows_pictures(server: Standalone, tmp_path: Path) -> None:
+    for protocol, mark in (
+        (dict[str, str](), "▀"),
+        ({"KITTY_WINDOW_ID": "1"}, "\x1b_G"),
+        ({"TERM_PROGRAM": "iTerm.app"}, "1337;"),
+    ):
+        status, drawn = on_a_terminal(tmp_path, "search", "sofa", "--limit", "2", CATALENS_URL=server.url, **protocol)
+        assert status == 0
+        assert mark in drawn
+        assert "Leather Sofa" in drawn
+
+
+def test_import_on_a_terminal_shows_how_far_it_is(server: Standalone, tmp_path: Path) -> None:
+    lines = [json.dumps({"product_id": f"bar-{n}", "name": f"Crowbar {n}"}) for n in range(250)]
+    (tmp_path / "bars.jsonl").write_text("\n".join(lines))
+    status, drawn = on_a_terminal(tmp_path, "import", "bars.jsonl", "--wait", CATALENS_URL=server.url)
+    assert status == 0, drawn
+    assert "100%" in drawn
+    assert "250 products" in drawn
+    assert "/s" in drawn
 
 
 def test_a_problem_is_one_readable_line(run: Run, server: Standalone, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
-import zlib
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from PIL import Image
+from tests.pictures import animated_gif, encode, jpeg, png_bomb, rotated_jpeg, scene
 from tests.shop import Answer, Shop, open_shop, picture
 
 from catalens.domain import Product, sha256_hex
@@ -33,43 +32,15 @@ async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
         yield opened
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    held = io.BytesIO()
-    image.save(held, kind, **options)
-    return held.getvalue()
-
-
-def bomb(width: int, height: int) -> bytes:
-    """Return a PNG that says it is huge; a few hundred bytes."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
-
-
-def rotated() -> bytes:
-    """Return a photo that is 60 × 40 as displayed, and lies on its side in the file."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return saved(Image.new("RGB", (40, 60), "green"), "JPEG", exif=exif)
-
-
-def animated() -> bytes:
-    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue")]
-    return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
-
-
-PHOTO = saved(Image.effect_noise((200, 150), 60).convert("RGB"), "JPEG")
+PHOTO = jpeg()
 GOOD = {
-    "one pixel": saved(Image.new("RGB", (1, 1), "red"), "PNG"),
-    "animated gif": animated(),
-    "cmyk jpeg": saved(Image.new("CMYK", (50, 40)), "JPEG"),
-    "16-bit png": saved(Image.fromarray(np.full((40, 50), 40_000, np.uint16)), "PNG"),
-    "rotated photo": rotated(),
-    "alpha webp": saved(Image.new("RGBA", (50, 40), (9, 9, 9, 0)), "WEBP"),
-    "palette png": saved(Image.new("P", (50, 40)), "PNG"),
+    "one pixel": encode(scene(1, 1), "PNG"),
+    "animated gif": animated_gif((220, 30, 30), (30, 60, 220)),
+    "cmyk jpeg": encode(scene().convert("CMYK"), "JPEG"),
+    "16-bit png": encode(Image.fromarray(np.full((40, 50), 40_000, np.uint16)), "PNG"),
+    "rotated photo": rotated_jpeg(scene(40, 60), 6),
+    "transparent webp": encode(scene().convert("RGBA"), "WEBP"),
+    "palette png": encode(scene().convert("P"), "PNG"),
 }
 BAD = {
     "empty": (b"", 415),
@@ -78,7 +49,7 @@ BAD = {
     "only a header": (b"\xff\xd8\xff\xe0", 415),
     "html": (b"<html><img src=x></html>", 415),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415),
-    "png bomb": (bomb(20_000, 20_000), 413),
+    "png bomb": (png_bomb(20_000, 20_000), 413),
     "too many bytes": (RED + bytes(500_001), 413),
 }
 
@@ -218,10 +189,10 @@ async def test_embeddings_are_normalised_and_the_encoders_own(shop: Shop) -> Non
 
 
 async def test_a_batch_of_texts_answers_each_on_its_own(shop: Shop) -> None:
-    requests = [{"text": "wine"}, {"text": ""}, {"text": "water"}, {"words": "wine"}]
+    requests = [{"text": "red"}, {"text": ""}, {"text": "blue"}, {"words": "red"}]
     answer = await shop.call("POST", "/api/v1/embed/batch", json={"requests": requests})
     first, empty, third, unknown = answer.json["responses"]
-    assert first == (await shop.call("POST", "/api/v1/embed", json={"text": "wine"})).json
+    assert first == (await shop.call("POST", "/api/v1/embed", json={"text": "red"})).json
     assert third["embedding"] != first["embedding"]
     assert (empty["status"], unknown["status"]) == (422, 422)
     too_many = await shop.call("POST", "/api/v1/embed/batch", json={"requests": requests * 2})
@@ -261,12 +232,12 @@ async def similarity(shop: Shop, **body: Any) -> float:
 
 async def test_similarity_is_the_cosine(shop: Shop) -> None:
     red = {"image": {"data": b64encode(RED).decode()}}
-    assert await similarity(shop, a={"text": "wine"}, b={"text": "wine"}) == pytest.approx(1.0, abs=1e-5)
+    assert await similarity(shop, a={"text": "red"}, b={"text": "red"}) == pytest.approx(1.0, abs=1e-5)
     assert await similarity(shop, a=red, b=red) == pytest.approx(1.0, abs=1e-5)
-    crossed = await similarity(shop, a={"text": "wine"}, b=red)
-    expected = await shop.encoder.embed_text("wine") @ (await shop.encoder.embed_image(RED)).embedding
+    crossed = await similarity(shop, a={"text": "blue"}, b=red)
+    expected = await shop.encoder.embed_text("blue") @ (await shop.encoder.embed_image(RED)).embedding
     assert crossed == pytest.approx(float(expected), abs=1e-5)
-    assert await similarity(shop, a=red, b={"text": "wine"}) == pytest.approx(crossed, abs=1e-6)
+    assert await similarity(shop, a=red, b={"text": "blue"}) == pytest.approx(crossed, abs=1e-6)
 
 
 async def test_two_uploads_are_compared(shop: Shop) -> None:

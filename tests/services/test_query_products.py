@@ -13,6 +13,7 @@ import pytest_asyncio
 from tests.shop import Answer, Shop, open_shop, picture
 
 from catalens.domain import ImageRef, Product, sha256_hex
+from catalens_query import service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -171,8 +172,10 @@ async def test_an_export_can_be_imported_into_an_empty_catalogue(shop: Shop, tmp
     assert again.body == export.body
 
 
-async def test_an_export_can_go_on_where_it_broke(shop: Shop) -> None:
+async def test_an_export_can_go_on_where_it_broke(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = await shop.call("GET", "/api/v1/products", headers=NDJSON)
+    monkeypatch.setattr(service, "_EXPORT_PAGE", 2)
+    assert (await shop.call("GET", "/api/v1/products", headers=NDJSON)).body == whole.body
     rest = await shop.call("GET", "/api/v1/products?after=a.1", headers=NDJSON)
     assert rest.body.splitlines() == whole.body.splitlines()[2:]
     some = await shop.call("GET", "/api/v1/products?limit=3", headers=NDJSON)

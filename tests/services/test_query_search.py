@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestServer
 from tests.shop import Shop, open_shop, picture
 
 from catalens.domain import Product
+from catalens_query import searching
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -25,7 +26,7 @@ ALL_FIELDS = {
 }
 RED_SHOE = Product(
     product_id="red-shoe",
-    name="Runner",
+    name="Runner red",
     description="Light on long roads",
     brand="Velo",
     category="Sport > Shoes",
@@ -42,6 +43,7 @@ RED_SHOE = Product(
 BLUE_SHOE = RED_SHOE.model_copy(
     update={
         "product_id": "blue-shoe",
+        "name": "Runner blue",
         "stock": 0,
         "attributes": {"color": "blue", "sku": "RX-1002", "size": ["43"], "weight": 300.5, "vegan": False},
     }
@@ -69,7 +71,9 @@ async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
         await opened.put(SHIRT, GREEN)
         await opened.put(DECOY)
         for number in range(TOWELS):
-            await opened.put(Product(product_id=f"towel-{number:02}", name=f"Cotton towel {number}", category="Home"))
+            await opened.put(
+                Product(product_id=f"towel-{number:02}", name=f"White cotton towel {number}", category="Home")
+            )
         yield opened
 
 
@@ -161,6 +165,16 @@ async def test_a_query_that_is_a_product_id_comes_first(shop: Shop, mode: str) -
     assert (await shop.ids(query="red-shoe", mode=mode, filters={"brand": "Other"}))[:1] == ["decoy"]
 
 
+async def test_it_comes_first_whatever_the_other_lists_say(shop: Shop) -> None:
+    await shop.put(Product(product_id="white-lime", name="Widget", version=1))
+    await shop.put(Product(product_id="echo", name="White lime, lime white, white-lime", version=1), picture(0, 255, 0))
+    found = (await shop.search(query="white-lime", limit=2))["results"]
+    assert [result["product_id"] for result in found] == ["white-lime", "echo"]
+    assert found[0]["score"] >= found[1]["score"]
+    await shop.delete("white-lime", 2)
+    await shop.delete("echo", 2)
+
+
 @pytest.mark.parametrize(("query", "expected"), [("RX-1002", "blue-shoe"), ("rx-1001", "red-shoe"), ("Linea", "shirt")])
 async def test_codes_and_brands_win_in_auto(shop: Shop, query: str, expected: str) -> None:
     assert (await shop.ids(query=query))[0] == expected
@@ -176,6 +190,15 @@ async def test_a_picture_finds_its_product(shop: Shop) -> None:
         assert answer["results"][0]["product_id"] == product_id
         assert answer["results"][0]["score"] == pytest.approx(1.0, abs=1e-3)
         assert (await shop.ids(image=data(content)))[0] == product_id
+
+
+async def test_a_products_own_picture_finds_it_before_a_twin_with_a_better_text(shop: Shop) -> None:
+    await shop.put(Product(product_id="own", name="Widget", version=1), picture(200, 200, 0))
+    await shop.put(Product(product_id="twin", name="Yellow", version=1), picture(201, 201, 0))
+    assert (await shop.ids(image=data(picture(200, 200, 0))))[:2] == ["own", "twin"]
+    assert (await shop.ids(image=data(picture(201, 201, 0))))[:2] == ["twin", "own"]
+    await shop.delete("own", 2)
+    await shop.delete("twin", 2)
 
 
 async def test_a_picture_is_fetched_from_its_url(shop: Shop) -> None:
@@ -194,8 +217,8 @@ async def test_a_picture_is_fetched_from_its_url(shop: Shop) -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "semantic", "hybrid"])
 async def test_the_ends_of_image_weight_are_the_pure_searches(shop: Shop, mode: str) -> None:
-    both: dict[str, Any] = {"query": "cotton towel", "image": data(RED), "mode": mode, "limit": 100}
-    words = await shop.search(query="cotton towel", mode=mode, limit=100)
+    both: dict[str, Any] = {"query": "blue cotton towel", "image": data(RED), "mode": mode, "limit": 100}
+    words = await shop.search(query="blue cotton towel", mode=mode, limit=100)
     seen = await shop.search(image=data(RED), mode=mode, limit=100)
     at_zero = await shop.search(**both, image_weight=0)
     at_one = await shop.search(**both, image_weight=1)
@@ -215,6 +238,7 @@ async def test_a_picture_and_words_together_take_from_both(shop: Shop) -> None:
     [
         ("image.data", {"image": {"data": "not base64!"}}),
         ("image.data", {"image": {"data": "AAA"}}),
+        ("image.data", {"image": {"data": "AAAA!"}}),
         ("image", {"image": {}}),
         ("image", {"image": {"url": "http://localhost/a.png", "data": "AAAA"}}),
         ("image.blob", {"image": {"blob": "0" * 64}}),
@@ -271,9 +295,9 @@ async def test_what_is_no_picture_is_415_and_a_large_one_413(shop: Shop) -> None
     ],
 )
 async def test_filters_keep_what_matches(shop: Shop, filters: dict[str, Any], expected: set[str]) -> None:
-    answer = await shop.search(query="anything", filters=filters, limit=100)
+    answer = await shop.search(query="red or blue", filters=filters, limit=100)
     assert {result["product_id"] for result in answer["results"]} == expected
-    assert set(await shop.ids(query="anything", mode="semantic", using="text", filters=filters)) == expected
+    assert set(await shop.ids(query="red or blue", mode="semantic", using="text", filters=filters)) == expected
 
 
 @pytest.mark.parametrize("key", ["colour", "attributes.", "attributes", "tenant"])
@@ -291,7 +315,7 @@ async def test_a_filter_of_the_wrong_type_is_named(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{"query": "cotton towel 7"}, {"query": "towel", "mode": "lexical"}, {"image": data(RED)}]
+    "body", [{"query": "blue cotton towel 7"}, {"query": "towel", "mode": "lexical"}, {"image": data(RED)}]
 )
 async def test_pages_follow_one_another_without_gap_or_overlap(shop: Shop, body: dict[str, Any]) -> None:
     whole = (await shop.search(**body, limit=100))["results"]
@@ -301,6 +325,21 @@ async def test_pages_follow_one_another_without_gap_or_overlap(shop: Shop, body:
         paged += (await shop.search(**body, limit=7, offset=offset))["results"]
     assert paged == whole
     assert (await shop.search(**body, offset=10_000))["results"] == []
+
+
+@pytest.mark.parametrize("body", [{"query": "blue cotton towel 7"}, {"query": "towel", "mode": "lexical"}])
+async def test_pages_beyond_the_first_look_follow_too(
+    shop: Shop, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "TIERS", (5, 12, 10_100))
+    paged: list[Any] = []
+    for offset in range(0, TOWELS, 4):
+        paged += (await shop.search(**body, limit=4, offset=offset))["results"]
+    whole = (await shop.search(**body, limit=100))["results"]
+    assert paged == whole[: len(paged)]
+    assert len({result["product_id"] for result in whole}) == len(whole) >= TOWELS
+    scores = [result["score"] for result in whole]
+    assert scores == sorted(scores, reverse=True)
 
 
 async def test_ties_come_in_product_id_order(shop: Shop) -> None:
@@ -396,6 +435,14 @@ async def test_malformed_json_is_400(shop: Shop, body: bytes) -> None:
 async def test_strange_words_are_searched_like_any_other(shop: Shop, query: str) -> None:
     for mode in ("auto", "lexical", "semantic"):
         await shop.search(query=query, mode=mode)
+
+
+async def test_words_that_the_model_does_not_know_are_left_to_the_lexical_list(shop: Shop) -> None:
+    assert not (await shop.encoder.embed_text("cotton")).any()
+    assert await shop.ids(query="cotton", mode="semantic") == []
+    known = await shop.search(query="cotton", limit=100)
+    assert known["mode"] == "hybrid"
+    assert known["results"] == (await shop.search(query="cotton", mode="lexical", limit=100))["results"]
 
 
 # --- without an encoder -------------------------------------------------------------------------------------

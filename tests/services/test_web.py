@@ -296,6 +296,11 @@ async def test_a_body_over_the_limit_is_413_with_and_without_its_length(site: Si
     assert (await site.put(good))[0] == 200
 
 
+async def test_a_length_over_the_limit_is_413_before_anything_is_sent(site: Site) -> None:
+    head = f"PUT /products/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: {MAX_BODY + 1}\r\n\r\n"
+    assert (await _first_line(site, head.encode())).startswith(b"HTTP/1.1 413 ")
+
+
 async def test_a_compressed_body_counts_unpacked(site: Site) -> None:
     async def compressed(body: bytes) -> int:
         headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
@@ -498,7 +503,7 @@ async def test_no_key_or_an_unknown_one_is_401(headers: dict[str, str]) -> None:
         assert (await site.call("GET", "/livez", headers=headers))[0] == 200
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "shop.example"])
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "192.0.2.1", "shop.example"])
 def test_binding_beyond_loopback_needs_a_key_or_permission(host: str) -> None:
     async def ready() -> Mapping[str, str]:
         return {}
@@ -523,6 +528,7 @@ def test_binding_beyond_loopback_needs_a_key_or_permission(host: str) -> None:
         ("127.8.9.10", 200),
         ("[::1]:8080", 200),
         ("evil.example", 403),
+        (":8080", 403),
         ("127.0.0.1.evil.example", 403),
         ("192.168.0.1", 403),
     ],

@@ -174,7 +174,7 @@ def test_what_the_text_tower_sees() -> None:
         "Red\x00 shoe\n by Acme", brand="ACME", category="Sport > Shoes", description="Light,  soft. " + "word " * 200
     )
     text = text_for_embedding(shoe)
-    assert text.startswith("Red shoe by Acme, Sport , Shoes. Light, soft. word word")
+    assert text.startswith("Red shoe by Acme, Sport, Shoes. Light, soft. word word")
     assert 250 < len(text) < 350
     assert text.endswith("word")
     assert text_for_embedding(product("Shoe", brand="Acme")) == "Shoe, Acme"

@@ -69,10 +69,11 @@ def test_legs_carry_their_vector_and_any_depth() -> None:
     assert legs["image"].at(TIERS[0]).limit == TIERS[0]
 
 
-def test_a_list_without_a_vector_or_without_a_term_is_not_asked() -> None:
+def test_a_list_whose_vector_is_missing_or_says_nothing_is_not_asked() -> None:
     chosen = plan("hybrid", "text", 0.0)
     assert [leg.using for leg in chosen.legs(None, TERMS)] == ["lexical"]
     assert [leg.using for leg in chosen.legs(EAST, SparseVector((), ()))] == ["text"]
+    assert [leg.using for leg in chosen.legs(0 * EAST, TERMS)] == ["lexical"]
     assert chosen.legs(None, None) == ()
 
 
@@ -105,4 +106,5 @@ def test_similar_compares_picture_with_pictures_and_text_with_texts() -> None:
 
 def test_similar_leaves_out_what_the_product_has_not() -> None:
     assert [leg.using for leg in similar_legs({"text": NORTH}, "both")] == ["text"]
+    assert [leg.using for leg in similar_legs({"image": 0 * EAST, "text": NORTH}, "both")] == ["text"]
     assert similar_legs({"text": NORTH}, "image") == ()

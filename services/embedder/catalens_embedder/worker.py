@@ -59,6 +59,7 @@ _OFFER_FIELDS = frozenset({"price", "currency", "stock"})
 
 CONSUMED = (events.PRODUCTS, events.OFFERS, *events.RETRIES)
 _POLL_SECONDS = 1.0
+_COMMIT_SECONDS = 1.0  # at most one commit in this time: each makes the index write to disk first
 _BATCHES_AT_ONCE = 2  # while one batch is being written the next one is in the encoder
 
 
@@ -211,11 +212,14 @@ class Embedder:
             await self._to_commit.wait()
             self._to_commit.clear()
             await self._commit(consumer)
+            await self._clock.sleep(_COMMIT_SECONDS)
 
     async def _commit(self, consumer: EventConsumer) -> None:
         owned = consumer.assignment()
         offsets = {place: offset for place, offset in self._offsets.committable().items() if place in owned}
         if offsets:
+            # What is committed is not read again, so the index must not lose it even to a power cut.
+            await with_retries(self._index.flush, self._policy, self._clock, what="flush")
             await with_retries(lambda: consumer.commit(offsets), self._policy, self._clock, what="commit")
             self._offsets.committed(offsets)
 

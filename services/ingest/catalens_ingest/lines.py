@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-
-import aiohttp
+from typing import Protocol
 
 from catalens.reading import BROKEN_BODY
 
@@ -22,6 +21,14 @@ class Line:
 
     number: int
     text: bytes | None
+
+
+class Stream(Protocol):
+    """What a body is read from: aiohttp's StreamReader."""
+
+    async def readany(self) -> bytes:
+        """Return what is there, at least one byte, or nothing at the end."""
+        ...
 
 
 class Splitter:
@@ -59,7 +66,7 @@ class Splitter:
             self._rest += piece
 
 
-async def batches(content: aiohttp.StreamReader, *, max_line: int, timeout: float) -> AsyncIterator[list[Line]]:
+async def batches(content: Stream, *, max_line: int, timeout: float) -> AsyncIterator[list[Line]]:
     """Yield the lines of `content` in batches, promptly where they come slowly.
 
     Raises TimeoutError when nothing comes for `timeout` seconds, and what `content` raises when it breaks; every
@@ -92,6 +99,6 @@ async def batches(content: aiohttp.StreamReader, *, max_line: int, timeout: floa
         yield batch
 
 
-async def _read(content: aiohttp.StreamReader, timeout: float) -> bytes:
+async def _read(content: Stream, timeout: float) -> bytes:
     async with asyncio.timeout(timeout):
         return await content.readany()

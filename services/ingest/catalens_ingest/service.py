@@ -57,6 +57,9 @@ from catalens_ingest.models import (
 from catalens_ingest.outcomes import Outcomes
 
 _NDJSON: Final = frozenset({"application/x-ndjson", "application/ndjson", "application/jsonl"})
+_WAIT: Final = (
+    "With `?wait=true` the answer comes when the product is searchable with its picture, or as 202 when time is up."
+)
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -119,8 +122,6 @@ class IngestService:
 
     def operations(self) -> list[Operation]:
         """Return the ingest side of the HTTP contract."""
-        wait = "With `?wait=true` the answer comes when the product is searchable with its picture, or with 202 when "
-        wait += "the time is up."
         receipts = {202: Receipt, 200: Receipt}
         return [
             Operation(
@@ -130,7 +131,7 @@ class IngestService:
                 "Create or replace a product",
                 "ingest",
                 "ingest",
-                description=f"The newest version wins, whatever the order. {wait}",
+                description=f"The newest version wins, whatever the order. {_WAIT}",
                 params=self._wait_params,
                 body=ProductBody,
                 idempotency_key=True,
@@ -144,7 +145,7 @@ class IngestService:
                 "Change price, currency or stock",
                 "ingest",
                 "ingest",
-                description=f"Costs no inference. An offer that comes before its product waits for it. {wait}",
+                description=f"Costs no inference. An offer that comes before its product waits for it. {_WAIT}",
                 params=self._wait_params,
                 body=OfferBody,
                 idempotency_key=True,
@@ -158,7 +159,7 @@ class IngestService:
                 "Delete a product",
                 "ingest",
                 "ingest",
-                description=f"Older versions that come later stay without effect. {wait}",
+                description=f"Older versions that come later stay without effect. {_WAIT}",
                 params=self._delete_params,
                 idempotency_key=True,
                 responses=receipts,
@@ -184,7 +185,7 @@ class IngestService:
                 "Create or replace a product by a form",
                 "ingest",
                 "ingest",
-                description=wait,
+                description=_WAIT,
                 params=self._wait_params,
                 form=ProductForm,
                 idempotency_key=True,
@@ -198,7 +199,7 @@ class IngestService:
                 "Create or replace a product and its picture by a form",
                 "ingest",
                 "ingest",
-                description=wait,
+                description=_WAIT,
                 params=self._wait_params,
                 form=ProductForm,
                 pictures=(PICTURE,),

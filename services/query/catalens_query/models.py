@@ -275,7 +275,7 @@ class Listing(Value):
 class EmbedAnswer(Value):
     """An embedding, L2-normalised."""
 
-    embedding: list[float]
+    embedding: list[float] = Field(description="all zeros if the model knows nothing of the text")
     dimension: int
     model: str
 

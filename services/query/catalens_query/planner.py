@@ -54,14 +54,9 @@ class Plan:
     shares: Mapping[VectorName, float]
 
     def legs(self, dense: Embedding | None, lexical: SparseVector | None) -> tuple[WeightedLeg, ...]:
-        """Return the legs for these query vectors; a list without one, or without any term, is left out."""
-        found = []
-        for name, share in self.shares.items():
-            vector = lexical if name == "lexical" else dense
-            if vector is None or (isinstance(vector, SparseVector) and not vector.indices):
-                continue
-            found.append(WeightedLeg(name, vector, share))
-        return tuple(found)
+        """Return the legs for these query vectors; a list whose vector is missing or says nothing is left out."""
+        vectors = {"image": dense, "text": dense, "lexical": lexical}
+        return _legs(self.shares, {name: vector for name, vector in vectors.items() if vector is not None})
 
 
 def plan(mode: RequestMode, using: Using, image_weight: float) -> Plan:
@@ -85,8 +80,7 @@ LEXICAL: Final = Plan("lexical", {"lexical": 1.0})
 
 def similar_legs(vectors: Mapping[str, Embedding], using: Using) -> tuple[WeightedLeg, ...]:
     """Return the legs of "more like this": the product's own picture and text, each against its like."""
-    shares = _dense_shares(using, 0.0)
-    return tuple(WeightedLeg(name, vectors[name], share) for name, share in shares.items() if name in vectors)
+    return _legs(_dense_shares(using, 0.0), vectors)
 
 
 def blend(words: Embedding, picture: Embedding, image_weight: float) -> Embedding:
@@ -99,6 +93,21 @@ def blend(words: Embedding, picture: Embedding, image_weight: float) -> Embeddin
     mixed = (1 - image_weight) * words + image_weight * picture
     length = float(np.linalg.norm(mixed))
     return picture if length < 1e-6 else (mixed / length).astype(np.float32)  # rounding noise
+
+
+def _legs(
+    shares: Mapping[VectorName, float], vectors: Mapping[str, Embedding | SparseVector]
+) -> tuple[WeightedLeg, ...]:
+    return tuple(
+        WeightedLeg(name, vectors[name], share)
+        for name, share in shares.items()
+        if name in vectors and _says_something(vectors[name])
+    )
+
+
+def _says_something(vector: Embedding | SparseVector) -> bool:
+    # A model that knows none of a text's tokens answers zeros, as near to one product as to any other.
+    return bool(vector.indices) if isinstance(vector, SparseVector) else bool(vector.any())
 
 
 def _dense_shares(using: Using, image_weight: float) -> dict[VectorName, float]:

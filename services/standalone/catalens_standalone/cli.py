@@ -289,7 +289,7 @@ def _shown(bar: ProgressBar, source: Source) -> Callable[[Progress], None]:
             first.append(progress.rows)
             if progress.rows:
                 bar.console.print(f"Going on after the first {progress.rows:,} products (--restart starts over).")
-            bar.reset(task, completed=progress.position, rows=progress.rows)
+            bar.reset(task, completed=progress.position, rows=progress.rows, rate=0.0)
             return
         elapsed = bar.tasks[task].elapsed or 1e-9
         bar.update(

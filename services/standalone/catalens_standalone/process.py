@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import structlog
-from aiohttp import web
-from catalens_ingest.service import BundleInfo, IngestService
 
 from catalens import events
 from catalens.encoders import open_encoder
 from catalens.engines import Engines, open_engines
-from catalens.errors import CatalensError, Misconfigured
+from catalens.errors import CatalensError
 from catalens.lifecycle import stop_on_signals, supervise
 from catalens.ports import Clock
 from catalens.retry import SystemClock
 from catalens.settings import Settings
 from catalens.telemetry import Metrics
-from catalens.web import build_app
+from catalens.web import build_app, serving
 from catalens_embedder.worker import CONSUMED, Embedder
+from catalens_ingest.service import BundleInfo, IngestService
 from catalens_query.service import QueryService
 
 log = structlog.get_logger(__name__)
@@ -73,7 +72,7 @@ async def serve(settings: Settings, *, ready: Callable[[str], None] | None = Non
         app = build_app(
             [*ingest.operations(), *query.operations()], settings, metrics, ready=query.ready, title="Catalens"
         )
-        url = await stack.enter_async_context(_listening(app, settings))
+        url = await stack.enter_async_context(serving(app, settings))
         tasks = {
             "ingest": ingest.run(stop),
             "embedder": embedder.run(stop),
@@ -84,31 +83,6 @@ async def serve(settings: Settings, *, ready: Callable[[str], None] | None = Non
             ready(url)
         await supervise(tasks, stop, drain_deadline=settings.embedder.drain_deadline + 5.0)
         log.info("process.stopped")
-
-
-@asynccontextmanager
-async def _listening(app: web.Application, settings: Settings) -> AsyncIterator[str]:
-    """Serve `app` and yield its address; at the end finish the requests in work, then close."""
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=10.0)
-    try:
-        await runner.setup()
-        site = web.TCPSite(runner, settings.http.host, settings.http.port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise Misconfigured(
-                f"cannot listen on {settings.http.host}:{settings.http.port} ({error.strerror or error}); "
-                "choose another port with CATALENS_HTTP__PORT"
-            ) from error
-        yield _address(runner)
-    finally:
-        await runner.cleanup()
-
-
-def _address(runner: web.AppRunner) -> str:
-    host, port = runner.addresses[0][:2]
-    named = f"[{host}]" if ":" in host else host
-    return f"http://{named}:{port}"
 
 
 async def _housekeeping(engines: Engines, settings: Settings, clock: Clock, stop: asyncio.Event) -> None:

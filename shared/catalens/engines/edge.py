@@ -208,7 +208,7 @@ class EdgeIndex:
 
     async def _start_again(self) -> None:
         await self._engine.close()
-        log.warning("index.restarted", folder=str(self._folder))
+        log.warning("index.process_ended", folder=str(self._folder))
         try:
             self._engine = await with_retries(
                 lambda: _Engine.start(self._folder, self._spec), _RESTART, SystemClock(), what="index.restart"
