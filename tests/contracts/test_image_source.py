@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import tracemalloc
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -21,6 +23,9 @@ PICTURE = pictures.jpeg()
 OPEN = PictureSettings(allow_private_networks=True, max_bytes=100_000, fetch_timeout=30)
 STRICT = PictureSettings(max_bytes=100_000, fetch_timeout=30)
 
+BOMB = gzip.compress(b"\x00" * 50_000_000)
+assert len(BOMB) < OPEN.max_bytes
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -29,7 +34,8 @@ class Shop:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
-        self.at_once = self.most_at_once = 0
+        self.at_once: Counter[str] = Counter()
+        self.most_at_once: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
         self.hold = asyncio.Event()
         self.entered = asyncio.Semaphore(0)
@@ -100,16 +106,16 @@ class Shop:
         return web.Response(body=body, headers={"Content-Encoding": coding})
 
     async def bomb(self, _: web.Request) -> web.StreamResponse:
-        body = gzip.compress(b"\x00" * 50_000_000)
-        assert len(body) < OPEN.max_bytes
-        return web.Response(body=body, headers={"Content-Encoding": "gzip"})
+        return web.Response(body=BOMB, headers={"Content-Encoding": "gzip"})
 
-    async def counted(self, _: web.Request) -> web.StreamResponse:
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
+    async def counted(self, request: web.Request) -> web.StreamResponse:
+        for name in (request.url.host or "", "all"):
+            self.at_once[name] += 1
+            self.most_at_once[name] = max(self.most_at_once[name], self.at_once[name])
         self.entered.release()
         await self.hold.wait()
-        self.at_once -= 1
+        for name in (request.url.host or "", "all"):
+            self.at_once[name] -= 1
         return web.Response(body=PICTURE)
 
 
@@ -208,6 +214,17 @@ async def test_too_many_bytes_are_not_taken(at: At, path: str) -> None:
     assert caught.value.reason == "too_many_bytes"
 
 
+async def test_a_packed_bomb_is_unpacked_no_further_than_the_limit(at: At) -> None:
+    tracemalloc.start()
+    try:
+        async with source() as images:
+            with pytest.raises(InvalidPicture):
+                await images.fetch(at("/bomb"))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
 async def test_an_endless_body_is_cut_off_and_not_read_on(at: At, shop: Shop) -> None:
     async with source() as images:
         with pytest.raises(InvalidPicture):
@@ -248,15 +265,19 @@ async def test_a_packing_nobody_asked_for_and_we_do_not_know_is_no_picture(at: A
 
 async def test_downloads_at_once_are_limited_by_host_and_waiting_takes_no_time(at: At, shop: Shop) -> None:
     settings = OPEN.model_copy(update={"fetch_concurrency": 3, "fetch_per_host": 2})
-    other = at("/counted").replace("127.0.0.1", "localhost")
-    async with source(settings) as images:
-        tasks = [asyncio.create_task(images.fetch(url), name="fetch") for url in [at("/counted")] * 5 + [other] * 5]
+    urls = [at("/counted").replace("127.0.0.1", name) for name in ["one.example"] * 5 + ["two.example"] * 5]
+    async with source(settings, lambda _host, _port: ["127.0.0.1"]) as images:
+        tasks = [asyncio.create_task(images.fetch(url), name="fetch") for url in urls]
         for _ in range(3):
             await shop.entered.acquire()
-        assert shop.at_once == 3
+        async with source() as outside:  # meanwhile a fourth download would have come in
+            for _ in range(3):
+                await outside.fetch(at("/picture"))
         shop.hold.set()
         assert await asyncio.gather(*tasks) == [PICTURE] * 10
-    assert shop.most_at_once == 3
+    assert shop.most_at_once["one.example"] == 2
+    assert shop.most_at_once["two.example"] <= 2
+    assert shop.most_at_once["all"] == 3
 
 
 # --- where it goes ---------------------------------------------------------------------------------------------------
@@ -323,6 +344,7 @@ async def test_what_is_no_url_of_a_picture_is_refused_without_the_network(url: s
         "[::1]",
         "[::ffff:127.0.0.1]",
         "[::ffff:169.254.169.254]",
+        "[::ffff:224.0.0.1]",
         "[::127.0.0.1]",
         "[64:ff9b::a9fe:a9fe]",
         "[64:ff9b:1::1]",

@@ -168,7 +168,7 @@ async def test_a_query_that_is_a_product_id_comes_first(shop: Shop, mode: str) -
 async def test_it_comes_first_whatever_the_other_lists_say(shop: Shop) -> None:
     await shop.put(Product(product_id="white-lime", name="Widget", version=1))
     await shop.put(Product(product_id="echo", name="White lime, lime white, white-lime", version=1), picture(0, 255, 0))
-    found = (await shop.search(query="white-lime", limit=2))["results"]
+    found = (await shop.search(query=" white-lime\n", limit=2))["results"]
     assert [result["product_id"] for result in found] == ["white-lime", "echo"]
     assert found[0]["score"] >= found[1]["score"]
     await shop.delete("white-lime", 2)

@@ -112,8 +112,8 @@ class Searcher:
         upto = search.offset + search.limit
         legs = chosen.legs(dense, lexical)
         ranking = await self._rank(tenant, legs, search.where, upto, by_picture=search.weight == 1)
-        if words is not None and await self._exists(tenant, words, search.where):
-            ranking = fusion.first(ranking, words)
+        if words is not None and await self._exists(tenant, words.strip(), search.where):
+            ranking = fusion.first(ranking, words.strip())
         self._metrics.searches.labels(chosen.mode, str(degraded is not None).lower()).inc()
         return Found(await self._page(tenant, ranking[search.offset : upto]), chosen.mode, degraded)
 
@@ -172,13 +172,13 @@ class Searcher:
                 break
         return ranking
 
-    async def _exists(self, tenant: str, words: str, where: Filter) -> bool:
-        """True when the query is the id of a live product under the filter."""
+    async def _exists(self, tenant: str, text: str, where: Filter) -> bool:
+        """True when `text` is the id of a live product under the filter."""
         try:
-            _PRODUCT_ID.validate_python(words, strict=True)
+            _PRODUCT_ID.validate_python(text, strict=True)
         except ValidationError:
             return False
-        itself = replace(where, conditions=(*where.conditions, Condition("product_id", (words,))))
+        itself = replace(where, conditions=(*where.conditions, Condition("product_id", (text,))))
         return bool(await self._index.page(tenant, after=None, limit=1, where=itself))
 
     async def _page(self, tenant: str, hits: Sequence[LegHit]) -> list[tuple[StoredProduct, float]]:

@@ -111,7 +111,7 @@ async def collect_garbage(engines: Engines, settings: Settings, clock: Clock) ->
         used = await engines.index.blobs_in_use(None, batch)
         for reference in batch:
             if reference not in used:
-                await engines.blobs.delete(reference)
+                await engines.blobs.delete(reference, older_than=now - _BLOB_GRACE_SECONDS)
 
 
 async def _batches(references: AsyncIterator[str], size: int = 256) -> AsyncIterator[list[str]]:

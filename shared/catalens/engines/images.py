@@ -102,7 +102,7 @@ class HttpImages:
         self._threads = ThreadPoolExecutor(settings.fetch_per_host, thread_name_prefix="lookup")
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=settings.fetch_concurrency,
+                limit=0,  # `fetch` counts, so that waiting for a turn takes nothing from the time to deliver
                 resolver=_CheckedResolver(lookup, settings.allow_private_networks, self._threads),
                 use_dns_cache=False,
             ),
