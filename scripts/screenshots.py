@@ -60,7 +60,7 @@ def take_search(browser: Browser, shop: str) -> None:
 def take_photo(browser: Browser, shop: str) -> None:
     """A photo and words together, with the slider between them."""
     page = browser.new_page(base_url=shop, viewport=DESKTOP, locale="en-US")
-    page.goto("/?q=plant")
+    page.goto("/?q=chair")
     drop(page, photo_of("leather-sofa"))
     expect(page.locator("#results-title")).to_contain_text("your photo")
     save(page, "photo")

@@ -47,6 +47,23 @@ AttributeValue = (
     | AttributeText
     | Annotated[list[AttributeText], Field(max_length=256)]
 )
+# Their patterns are shown, not checked here: the door and the query service say better what is wrong.
+PictureUrl = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=2048),
+    Field(json_schema_extra={"pattern": r"^[hH][tT][tT][pP][sS]?://[^\x00-\x1f\x7f]+$"}),
+]
+PictureText = Annotated[
+    str,
+    StringConstraints(min_length=1),
+    Field(
+        examples=["iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="],
+        json_schema_extra={
+            "contentEncoding": "base64",
+            "pattern": "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$",
+        },
+    ),
+]
 
 ImageStatus = Literal["none", "pending", "ok", "failed"]
 
@@ -72,12 +89,8 @@ class ImageRef(Value):
         }
     )
 
-    url: Annotated[str, StringConstraints(min_length=1, max_length=2048)] | None = Field(
-        default=None, description="http(s) address of the picture, fetched by the embedder"
-    )
-    data: Annotated[str, StringConstraints(min_length=1)] | None = Field(
-        default=None, description="the picture itself, base64"
-    )
+    url: PictureUrl | None = Field(default=None, description="fetched by the embedder")
+    data: PictureText | None = Field(default=None, description="the picture itself")
     blob: Annotated[str, StringConstraints(pattern=r"^[a-f0-9]{64}$")] | None = Field(
         default=None, description="reference of an uploaded picture: its SHA-256"
     )

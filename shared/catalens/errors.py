@@ -14,7 +14,8 @@ class InvalidEvent(CatalensError):
 class InvalidPicture(CatalensError):
     """The bytes are no picture that can be embedded; `reason` is a stable word for metrics and tests.
 
-    Reasons: `empty`, `not_a_picture`, `truncated`, `too_many_bytes`, `too_many_pixels`.
+    Reasons: `empty`, `not_a_picture`, `truncated`, `too_many_bytes`, `too_many_pixels`,
+    `not_encodable` (the model gives no finite vector for it).
     """
 
     def __init__(self, reason: str, message: str) -> None:

@@ -24,6 +24,18 @@ PICTURE: Final = ("file", "image", "image_file")
 """The names that a multipart part with the one picture of a call may have."""
 IDEMPOTENCY_KEY: Final = r"^[\x21-\x7e]{1,255}$"
 _REF: Final = "#/components/schemas/"
+_BLANK: Final = r"[ \t\n\r]*"
+_HEX: Final = "[0-9a-fA-F]"
+_CHARACTER: Final = (
+    r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]'
+    rf"|\\u(?:[0-9a-cA-CefEF]{_HEX}{{3}}|[dD][0-7]{_HEX}{{2}}|[dD][89abAB]{_HEX}{{2}}\\u[dD][c-fC-F]{_HEX}{{2}}))"
+)
+_STRING: Final = f'"{_CHARACTER}*"'
+_LIST: Final = rf"\[{_BLANK}(?:{_STRING}(?:{_BLANK},{_BLANK}{_STRING})*)?{_BLANK}\]"
+_NUMBER: Final = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
+_PAIR: Final = f'"{_CHARACTER}+"{_BLANK}:{_BLANK}(?:{_STRING}|{_NUMBER}|true|false|{_LIST})'
+_FLAT_OBJECT: Final = rf"^{_BLANK}\{{{_BLANK}(?:{_PAIR}(?:{_BLANK},{_BLANK}{_PAIR})*)?{_BLANK}\}}{_BLANK}$"
+"""A JSON object of texts, numbers, booleans and lists of texts: text that `contentSchema` only annotates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,9 @@ class Content:
     description: str = ""
     model: type[BaseModel] | None = None
     """Schema of the body, or of one line of NDJSON; None is any bytes or text."""
+
+
+Answer: TypeAlias = type[BaseModel] | Content
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,8 @@ class Operation:
     ndjson: bool = False
     """The body is NDJSON; `body`, if given, is the model of one line."""
     idempotency_key: bool = False
-    responses: Mapping[int, type[BaseModel] | Content] = field(default_factory=dict)
+    responses: Mapping[int, Answer | tuple[Answer, ...]] = field(default_factory=dict)
+    """Several answers to one status have different media types; no answer at all is one without a body."""
     problems: tuple[int, ...] = ()
     """Problem statuses beyond those that follow from the rest of the row."""
     documented: bool = True
@@ -224,7 +240,7 @@ def _parameters(operation: Operation) -> list[Json]:
                 "in": "query",
                 "required": name in required,
                 **({"description": one["description"]} if "description" in one else {}),
-                "schema": _without_null(one),
+                "schema": {key: value for key, value in _without_null(one).items() if key != "description"},
             }
             for name, one in schema.get("properties", {}).items()
         )
@@ -242,8 +258,8 @@ def _parameters(operation: Operation) -> list[Json]:
 
 
 def _without_null(schema: Json) -> Json:
-    """A query parameter is there or not; it has no null."""
-    found = {key: value for key, value in schema.items() if key not in ("title", "description", "anyOf")}
+    """A query parameter or a form's field is there or not; it has no null."""
+    found = {key: value for key, value in schema.items() if key not in ("title", "anyOf")}
     if found.get("default", ...) is None:
         del found["default"]
     choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
@@ -262,22 +278,42 @@ def _request_content(operation: Operation, schemas: _Schemas) -> Json:
     if operation.body is not None:
         content["application/json"] = {"schema": schemas.request(operation.body)}
     if operation.form is not None:
-        form = schemas.request(operation.form)
+        form = schemas.form(operation.form)
+        objects = [name for name, one in form["properties"].items() if one.get("type") == "object"]
         if not operation.pictures:
-            content["application/x-www-form-urlencoded"] = {"schema": form}
-            content["multipart/form-data"] = {"schema": form}
-        else:
-            content["multipart/form-data"] = {"schema": _with_pictures(schemas.resolve(form), operation.pictures)}
+            content["application/x-www-form-urlencoded"] = {"schema": _objects_as_text(form, objects)}
+        multipart: Json = {"schema": _with_pictures(form, operation.pictures)}
+        if objects:
+            multipart["encoding"] = {name: {"contentType": "application/json"} for name in objects}
+        content["multipart/form-data"] = multipart
     return content
+
+
+def _objects_as_text(form: Json, objects: Iterable[str]) -> Json:
+    """Return the form as it is urlencoded, where every field is text."""
+    properties = form["properties"]
+    written = {
+        name: {
+            "type": "string",
+            "description": properties[name].get("description", ""),
+            "contentMediaType": "application/json",
+            "contentSchema": properties[name],
+            "pattern": _FLAT_OBJECT,
+        }
+        for name in objects
+    }
+    return {**form, "properties": {**properties, **written}}
 
 
 def _with_pictures(form: Json, pictures: tuple[tuple[str, ...], ...]) -> Json:
     """Return the form with one part for each picture, in every way that these parts may be named."""
+    if not pictures:
+        return form
     binary: Json = {"type": "string", "format": "binary", "contentMediaType": "image/*"}
     variants = [
         {
             **form,
-            "properties": {**form.get("properties", {}), **dict.fromkeys(names, binary)},
+            "properties": {**form["properties"], **dict.fromkeys(names, binary)},
             "required": [*form.get("required", ()), *names],
         }
         for names in product(*pictures)
@@ -285,18 +321,26 @@ def _with_pictures(form: Json, pictures: tuple[tuple[str, ...], ...]) -> Json:
     return variants[0] if len(variants) == 1 else {"oneOf": variants}
 
 
-def _response(status: int, what: type[BaseModel] | Content, schemas: _Schemas) -> Json:
+def _answers(what: Answer | tuple[Answer, ...]) -> tuple[Answer, ...]:
+    return what if isinstance(what, tuple) else (what,)
+
+
+def _response(status: int, what: Answer | tuple[Answer, ...], schemas: _Schemas) -> Json:
     headers = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
-    if isinstance(what, Content):
-        schema = schemas.response(what.model) if what.model is not None else {}
-        if what.media_type == "application/x-ndjson":
-            schema = {"type": "string"}
-        content = {what.media_type: {"schema": schema}}
-        description = what.description or HTTPStatus(status).phrase
-    else:
-        content = {"application/json": {"schema": schemas.response(what)}}
-        description = (what.__doc__ or HTTPStatus(status).phrase).strip().partition("\n")[0]
-    return {"description": description, "headers": headers, "content": content}
+    descriptions: list[str] = []
+    content: Json = {}
+    for one in _answers(what):
+        if isinstance(one, Content):
+            schema = schemas.response(one.model) if one.model is not None else {}
+            if one.media_type == "application/x-ndjson":
+                schema = {"type": "string"}
+            content[one.media_type] = {"schema": schema}
+            descriptions.append(one.description)
+        else:
+            content["application/json"] = {"schema": schemas.response(one)}
+            descriptions.append((one.__doc__ or "").strip().partition("\n")[0])
+    description = " ".join(filter(None, descriptions)) or HTTPStatus(status).phrase
+    return {"description": description, "headers": headers, **({"content": content} if content else {})}
 
 
 def _problem(status: int) -> Json:
@@ -321,12 +365,14 @@ class _Schemas:
     def __init__(self, operations: Iterable[Operation]) -> None:
         taken: list[type[BaseModel]] = []
         given: list[type[BaseModel]] = [ProblemDetails]
+        forms: dict[type[BaseModel], None] = {}  # a set in order
         for operation in operations:
             taken += [model for model in (operation.body, operation.form) if model is not None]
+            if operation.form is not None:
+                forms[operation.form] = None
             for what in operation.responses.values():
-                model = what.model if isinstance(what, Content) else what
-                if model is not None:
-                    given.append(model)
+                models = [one.model if isinstance(one, Content) else one for one in _answers(what)]
+                given += [model for model in models if model is not None]
         self._given, answers = _generate(given, "serialization")
         self._taken, requests = _generate(taken, "validation")
         requests = {name: _closed(schema) for name, schema in requests.items()}
@@ -335,6 +381,7 @@ class _Schemas:
         self.components: Json = dict(answers)
         for name, schema in requests.items():
             self.components[renamed.get(name, name)] = _renamed(schema, renamed)
+        self._forms = {model: _form(self.components.pop(self._taken[model])) for model in forms}
 
     def request(self, model: type[BaseModel]) -> Json:
         """Return a reference to the schema of `model` as a request."""
@@ -344,10 +391,9 @@ class _Schemas:
         """Return a reference to the schema of `model` as an answer."""
         return {"$ref": _REF + self._given[model]}
 
-    def resolve(self, reference: Json) -> Json:
-        """Return the schema behind a reference."""
-        found: Json = self.components[reference["$ref"].removeprefix(_REF)]
-        return found
+    def form(self, model: type[BaseModel]) -> Json:
+        """Return the schema of `model` as a form, whose fields are there or not: they have no null."""
+        return self._forms[model]
 
 
 def _generate(
@@ -357,6 +403,11 @@ def _generate(
     references, top = models_json_schema(wanted, ref_template=_REF + "{model}")
     names = {model: str(references[model, mode]["$ref"]).removeprefix(_REF) for model, _ in wanted}
     return names, dict(top.get("$defs", {}))
+
+
+def _form(schema: Json) -> Json:
+    fields = schema.get("properties", {})
+    return {**schema, "properties": {name: _without_null(one) for name, one in fields.items()}}
 
 
 def _closed(schema: Any) -> Any:

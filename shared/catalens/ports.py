@@ -124,7 +124,7 @@ class Encoder(Protocol):
         """Return the text's vector.
 
         `bulk=False` (queries) goes first and raises Overloaded when the queue is full; `bulk=True` waits for room.
-        Raises Transient if the runtime is away.
+        Raises Transient if the runtime is away, InvalidEvent if the model gives no finite vector for this text.
         """
         ...
 

@@ -12,6 +12,7 @@ from catalens.errors import (
     CatalensError,
     Conflict,
     ForbiddenUrl,
+    InvalidEvent,
     InvalidPicture,
     NotFound,
     Overloaded,
@@ -97,6 +98,8 @@ def _problem(error: CatalensError) -> Problem:
         return Problem(409, detail)
     if isinstance(error, ForbiddenUrl):
         return Problem(422, detail, kind="forbidden-url")
+    if isinstance(error, InvalidEvent):
+        return Problem(422, detail)
     log.error("http.unexpected", error=detail, kind=type(error).__name__)
     return Problem(500, "Something failed in the service; its log has the request id.")
 

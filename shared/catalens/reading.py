@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeVar, get_args, get_origin
 from urllib.parse import parse_qsl
 
 import aiohttp
@@ -115,8 +115,24 @@ def _literals(items: Iterable[tuple[str, str]], model: type[BaseModel], what: st
         if name in found:
             raise invalid((name, f"the {what} is given more than once"))
         info = model.model_fields.get(name)
-        found[name] = text if info is None or _takes_text(info.annotation) else _literal(text)
+        if info is None:
+            found[name] = text
+        elif _takes_object(info.annotation):
+            found[name] = _object(name, text)
+        else:
+            found[name] = text if _takes_text(info.annotation) else _literal(text)
     return found
+
+
+def _takes_object(annotation: object) -> bool:
+    return get_origin(annotation) is dict
+
+
+def _object(name: str, text: str) -> object:
+    try:
+        return parse_json(text.encode())
+    except Problem as problem:
+        raise invalid((name, problem.detail)) from problem
 
 
 def _takes_text(annotation: object) -> bool:
@@ -182,7 +198,7 @@ class Form:
     pictures: Mapping[str, bytes] = field(default_factory=dict)
 
     def values(self, model: type[M], *, pictures: Iterable[str] = ()) -> M:
-        """Return the text fields as `model`, numbers and booleans written as in JSON; Problem 422.
+        """Return the text fields as `model`: numbers, booleans and objects written as in JSON; Problem 422.
 
         A file in a part that is not one of `pictures` is refused as well.
         """

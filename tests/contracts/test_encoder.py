@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import locale
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from catalens.domain import Embedding
 
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+LOCALE = locale.setlocale(locale.LC_CTYPE)
 TINY = Path(__file__).parents[1] / "fixtures" / "bundles" / "tiny"
 
 
@@ -66,6 +68,11 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float:
 async def test_it_says_what_it_is(encoder: Encoder) -> None:
     assert (encoder.spec.id, encoder.spec.family, encoder.spec.dimension) == ("tiny", "tiny", 16)
     assert len(encoder.spec.fingerprint) == 32
+
+
+async def test_opening_leaves_the_process_locale_alone(encoder: Encoder) -> None:
+    assert encoder.spec.id == "tiny"
+    assert locale.setlocale(locale.LC_CTYPE) == LOCALE, "text files would be read as ASCII from here on"
 
 
 async def test_vectors_are_float32_of_the_models_dimension_and_of_length_one(encoder: Encoder) -> None:
@@ -186,6 +193,13 @@ async def test_a_spoilt_cache_costs_time_and_nothing_else(tmp_path: Path) -> Non
         blob.write_bytes(data[: len(data) // 2] if number else b"")
     async with open_encoder(settings(tmp_path), Metrics()) as encoder:
         np.testing.assert_array_equal(await encoder.embed_text("red"), expected)
+
+
+async def test_without_a_place_for_its_cache_it_runs_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cache").write_text("a file where a folder should be")
+    async with open_encoder(settings(tmp_path), Metrics()) as encoder:
+        assert (await encoder.embed_text("red")).shape == (16,)
 
 
 async def test_precisions_do_not_share_a_fingerprint_or_a_cache(tmp_path: Path) -> None:

@@ -214,4 +214,4 @@ def test_the_random_model_tells_pictures_and_texts_apart(clip: Any, tokenizer: T
     texts = np.stack([reference_text(clip, tokenizer, text) for text in TEXTS])
     for vectors in (images, texts):
         others = (vectors @ vectors.T)[~np.eye(len(vectors), dtype=bool)]
-        assert others.max() < 0.9999
+        assert others.max() < 0.9995

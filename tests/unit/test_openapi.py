@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import pytest
@@ -23,7 +24,8 @@ class Params(Value):
 
 class Form(Value):
     product_id: str
-    note: str = ""
+    note: str | None = None
+    more: dict[str, str | float | bool | list[str]] = Field(default_factory=dict)
 
 
 class Answer(BaseModel):
@@ -172,12 +174,27 @@ def test_forms_name_their_pictures() -> None:
     variants = one["multipart/form-data"]["schema"]["oneOf"]
     assert [variant["required"] for variant in variants] == [["product_id", name] for name in PICTURE]
     assert variants[2]["properties"]["image_file"]["format"] == "binary"
-    assert variants[2]["properties"].keys() == {"product_id", "note", "image_file"}
+    assert variants[2]["properties"].keys() == {"product_id", "note", "more", "image_file"}
     assert variants[2]["additionalProperties"] is False
     pair = paths["/api/v1/pair"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     assert pair["required"] == ["product_id", "image1", "image2"]
     plain = paths["/api/v1/form"]["post"]["requestBody"]["content"]
     assert set(plain) == {"multipart/form-data", "application/x-www-form-urlencoded"}
+
+
+def test_objects_in_forms_are_json() -> None:
+    plain = made()["paths"]["/api/v1/form"]["post"]["requestBody"]["content"]
+    multipart, urlencoded = plain["multipart/form-data"], plain["application/x-www-form-urlencoded"]
+    assert multipart["schema"]["properties"]["more"]["type"] == "object"
+    assert multipart["encoding"] == {"more": {"contentType": "application/json"}}
+    text = urlencoded["schema"]["properties"]["more"]
+    assert (text["type"], text["contentMediaType"]) == ("string", "application/json")
+    assert text["contentSchema"] == multipart["schema"]["properties"]["more"]
+    for value in ({}, {"a": 1}, {"a": -1.5e-3, "b": [], "c": ["x", "y"], "d": True}, {"é😀": 'é😀"\\\n/'}):
+        for written in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=1)):
+            assert re.search(text["pattern"], written), written
+    for wrong in ("", "[]", "1", '{"": 1}', '{"a": {}}', '{"a": 01}', '{"a": "\\ud800"}', '{"a": 1,}', '{"a": 1}}'):
+        assert not re.search(text["pattern"], wrong), wrong
 
 
 def test_limits_come_from_the_settings() -> None:

@@ -58,17 +58,11 @@ class ProductForm(Value):
     product_id: ProductId
     name: Label
     description: Annotated[str, StringConstraints(max_length=20_000)] = ""
-    metadata: str = Field(
-        default="",
+    metadata: Annotated[dict[AttributeKey, AttributeValue], Field(max_length=64)] = Field(
+        default_factory=dict,
         description="JSON object; becomes the product's attributes",
-        json_schema_extra={"contentMediaType": "application/json", "examples": ['{"color": "red"}']},
+        examples=[{"color": "red"}],
     )
-
-
-class Metadata(Value):
-    """The form's metadata, parsed."""
-
-    metadata: Annotated[dict[AttributeKey, AttributeValue], Field(max_length=64)]
 
 
 Status = Literal["accepted", "indexed", "superseded", "failed"]

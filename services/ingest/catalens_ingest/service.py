@@ -45,7 +45,6 @@ from catalens_ingest.models import (
     DeleteParams,
     FormReceipt,
     LineProblem,
-    Metadata,
     OfferBody,
     PictureReceipt,
     ProductBody,
@@ -393,10 +392,4 @@ def _line_problem(line: Line, product_id: str | None, problem: Problem) -> LineP
 def _form_product(form: Form, *, pictures: Sequence[str]) -> Product:
     values = form.values(ProductForm, pictures=pictures)
     product = values.model_dump(exclude={"metadata"}, exclude_unset=True)
-    if values.metadata.strip():
-        try:
-            metadata = parse_json(values.metadata.encode())
-        except Problem as problem:
-            raise invalid(("metadata", problem.detail)) from problem
-        product["attributes"] = validated(Metadata, {"metadata": metadata}).metadata
-    return Product.model_validate(product)
+    return Product.model_validate({**product, "attributes": values.metadata})

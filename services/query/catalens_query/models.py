@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import ConfigDict, Field, Json, JsonValue, StringConstraints, WithJsonSchema, model_validator
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints, WithJsonSchema, model_validator
 from pydantic.config import JsonDict
 
-from catalens.domain import AttributeValue, ImageStatus, Value
+from catalens.domain import AttributeValue, ImageStatus, Integral, PictureText, PictureUrl, Value
 from catalens.openapi import ProblemDetails
 from catalens_query import filters
 from catalens_query.planner import Mode, RequestMode, Using
@@ -16,8 +16,8 @@ MAX_LIMIT = 100
 MAX_OFFSET = 10_000
 
 Words: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=10_000, pattern=r"\S")]
-Limit: TypeAlias = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
-Offset: TypeAlias = Annotated[int, Field(ge=0, le=MAX_OFFSET)]
+Limit: TypeAlias = Annotated[int, Field(ge=1, le=MAX_LIMIT), Integral]
+Offset: TypeAlias = Annotated[int, Field(ge=0, le=MAX_OFFSET), Integral]
 Weight: TypeAlias = Annotated[
     float,
     Field(ge=0, le=1, description="with words and a picture: 0 searches by the words only, 1 by the picture only"),
@@ -57,12 +57,8 @@ class PictureInput(Value):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [_given("url", "string"), _given("data", "string")]})
 
-    url: Annotated[str, StringConstraints(min_length=1, max_length=2048)] | None = Field(
-        default=None, description="http(s) address, fetched by the service"
-    )
-    data: Annotated[str, StringConstraints(min_length=1)] | None = Field(
-        default=None, description="the picture itself, base64", json_schema_extra={"contentEncoding": "base64"}
-    )
+    url: PictureUrl | None = Field(default=None, description="fetched by the service")
+    data: PictureText | None = Field(default=None, description="the picture itself")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -137,18 +133,17 @@ class ListingParams(Value):
 class PictureParams(Value):
     """Which picture of the product."""
 
-    index: Annotated[int, Field(ge=0, le=15)] = Field(default=0, description="position in the product's images")
+    index: Annotated[int, Field(ge=0, le=15), Integral] = Field(
+        default=0, description="position in the product's images"
+    )
 
 
 class PictureSearchForm(Value):
     """The text fields beside the picture."""
 
     text: Words | None = Field(default=None, description="words to search with, beside the picture")
-    image_weight: Annotated[Weight, Field(strict=False)] = 0.5
-    filters: Annotated[
-        Json[dict[str, Any]] | None,
-        WithJsonSchema({"type": "string", "contentMediaType": "application/json", "examples": ['{"brand": "Nike"}']}),
-    ] = Field(default=None, description="the filters of POST /api/v1/search as a JSON object")
+    image_weight: Weight = 0.5
+    filters: Filters = Field(default_factory=dict, description="the filters of POST /api/v1/search as a JSON object")
 
 
 class EmbedRequest(Value):

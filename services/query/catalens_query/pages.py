@@ -12,7 +12,7 @@ from aiohttp import hdrs, web
 
 from catalens.domain import sha256_hex
 from catalens.errors import NotFound
-from catalens.openapi import Content, Handler, Operation
+from catalens.openapi import Answer, Content, Handler, Operation
 
 _TYPES: Final = {".js": "text/javascript", ".svg": "image/svg+xml", ".woff2": "font/woff2", ".map": "application/json"}
 
@@ -32,7 +32,7 @@ class Pages:
 
     def operations(self) -> list[Operation]:
         """Return the rows of `/`, `/docs` and `/static/…`."""
-        html = {200: Content("text/html")}
+        html: dict[int, Answer | tuple[Answer, ...]] = {200: Content("text/html"), 304: ()}
         return [
             Operation("GET", "/", self._named("index.html"), "The storefront page", "pages", "public", responses=html),
             Operation("GET", "/docs", self._named("docs.html"), "This reference", "pages", "public", responses=html),

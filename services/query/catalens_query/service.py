@@ -154,7 +154,7 @@ class QueryService:
         search = Search(
             words=fields.text,
             picture=data,
-            where=translate(fields.filters or {}),
+            where=translate(fields.filters),
             limit=10 if paging.limit is None else paging.limit,
             offset=paging.offset or 0,
             image_weight=fields.image_weight,
@@ -213,13 +213,14 @@ class QueryService:
             row("", self._listing, "The catalogue in the order of its ids",
                 description=f"`Accept: {_NDJSON}` streams the whole catalogue, one product a line in the form in which "
                 "it is put in, uploaded pictures included, so that it can be imported again.",
-                params=models.ListingParams, responses={200: models.Listing}),
+                params=models.ListingParams,
+                responses={200: (models.Listing, Content(_NDJSON, "Or the export, if asked for."))}),
             row("/{product_id}", self._product, "One product as it is indexed",
                 responses={200: models.ProductAnswer}, problems=(404,)),
             row("/{product_id}/image", self._image, "An uploaded picture of the product",
                 description="Of a picture that the catalogue gave by its URL, `image` is that URL, and this is 404.",
-                params=models.PictureParams, responses={200: Content("image/*", "The picture as it was uploaded.")},
-                problems=(404,)),
+                params=models.PictureParams,
+                responses={200: Content("image/*", "The picture as it was uploaded."), 304: ()}, problems=(404,)),
         ]  # fmt: skip
 
     async def _product(self, request: web.Request) -> web.Response:

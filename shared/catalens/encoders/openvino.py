@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 # Importing openvino imports its converter, which reports the import to its makers over the network and leaves
@@ -21,6 +21,8 @@ import openvino as ov  # noqa: E402  # only after the line above
 from catalens.encoders.bundle import TEXT, VISION, Bundle  # noqa: E402  # as above
 from catalens.errors import Misconfigured, Transient  # noqa: E402  # as above
 from catalens.settings import EncoderSettings  # noqa: E402  # as above
+
+log = structlog.get_logger(__name__)
 
 Rows = NDArray[np.float32]
 
@@ -64,8 +66,11 @@ class OpenVinoRuntime:
         core = ov.Core()
         if settings.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise Misconfigured("this processor has no bf16: set CATALENS_ENCODER__PRECISION=f32")
-        cache.mkdir(parents=True, exist_ok=True)
-        core.set_property({"CACHE_DIR": str(cache)})
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            core.set_property({"CACHE_DIR": str(cache)})
+        except OSError as error:  # a full or read-only disk: the next start takes a second longer, that is all
+            log.warning("encoder.uncached", error=str(error))
         config = {
             # Left alone it picks bf16 by processor, and a mixed fleet would mix vectors.
             "INFERENCE_PRECISION_HINT": settings.precision,
@@ -74,10 +79,9 @@ class OpenVinoRuntime:
             "ENABLE_CPU_PINNING": False,
         }
         dimension = bundle.manifest.dimension
-        with ThreadPoolExecutor(2, thread_name_prefix="compile") as pool:
-            vision = pool.submit(_Graph, core, bundle.path(VISION), dimension, config)
-            text = pool.submit(_Graph, core, bundle.path(TEXT), dimension, config)
-            self._vision, self._text = vision.result(), text.result()
+        # One after the other: each compilation sets the process' locale to "C" and back, and two at once leave it there.
+        self._vision = _Graph(core, bundle.path(VISION), dimension, config)
+        self._text = _Graph(core, bundle.path(TEXT), dimension, config)
 
     def run_vision(self, pixels: NDArray[np.float32]) -> Rows:
         """Return [N, dimension] for pixels [N, 3, H, W]. Raises Transient."""

@@ -400,7 +400,7 @@ function showControls() {
 function showPhoto() {
   ui.photoChip.hidden = !photo;
   for (const option of ui.mode.options) option.disabled = option.value === WORDS_ONLY && Boolean(photo);
-  ui.query.placeholder = photo ? "Add words to the photo" : "Words or a photo";
+  ui.query.placeholder = photo ? "Add words" : "Words or a photo";
   if (!photo || ui.photoPreview.src === photo.preview) return;
   ui.photoPreview.hidden = false;
   ui.photoPreview.src = photo.preview;
