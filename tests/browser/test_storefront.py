@@ -213,6 +213,14 @@ def test_a_large_photo_is_made_small_before_it_is_sent(page: Page) -> None:
     settled(page)
 
 
+def test_a_small_photo_is_sent_as_it_is(page: Page) -> None:
+    page.goto("/")
+    with page.expect_request(is_search) as sent:
+        drop(page, photo_of("tent"))
+    assert base64.b64decode(body_of(sent.value)["image"]["data"]) == photo_of("tent")
+    settled(page)
+
+
 def test_what_is_no_picture_shows_the_servers_answer(page: Page, watch: Watch) -> None:
     watch.expected.append("Failed to load resource")
     page.goto("/")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,20 @@ from catalens.domain import (
     Deletion,
     Filter,
     ImageRef,
+    IndexDocument,
     Message,
     OfferChange,
     Product,
     Record,
     StoredProduct,
+    WriteOutcome,
     sha256_hex,
 )
 from catalens.encoders import open_encoder
 from catalens.engines import Engines, open_engines
+from catalens.errors import StorageFull, Transient
 from catalens.events import EventData
-from catalens.ports import Encoder
+from catalens.ports import EncodedImage, Encoder
 from catalens.settings import EmbedderSettings, EncoderSettings, PictureSettings, Settings
 from catalens.telemetry import Metrics
 from catalens_embedder import letters
@@ -383,3 +387,92 @@ async def test_a_worker_that_fails_everything_stops(world: World) -> None:
     assert failure.group_contains(letters.FailingWorker)
     letters_kept = await world.dead_letters()
     assert len(letters_kept) == 100
+
+
+async def test_an_encoder_that_breaks_on_a_remote_picture_costs_that_picture_only(
+    world: World, pictures: tuple[Pictures, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(picture: bytes, *, bulk: bool = False) -> EncodedImage:
+        raise RuntimeError(f"no kernel for {len(picture)} bytes, bulk {bulk}")
+
+    monkeypatch.setattr(world.encoder, "embed_image", broken)
+    async with world.worker():
+        await world.send(Product(product_id="a", name="Red thing", version=1, images=(ImageRef(url=pictures[1]),)))
+        await world.send(Product(product_id="b", name="Blue thing", version=1))
+        await world.idle()
+        first, second = await world.find("a"), await world.find("b")
+    assert first is not None
+    assert first.image_status == "failed"
+    assert "no kernel" in (first.image_error or "")
+    assert second is not None
+
+
+async def test_a_full_disk_is_waited_out_and_makes_no_dead_letters(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upsert, times = world.engines.index.upsert, count(1)
+
+    async def full(documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        if next(times) <= 50:
+            raise StorageFull("no room")
+        return await upsert(documents)
+
+    monkeypatch.setattr(world.engines.index, "upsert", full)
+    async with world.worker():
+        await world.send(Product(product_id="a", name="A", version=1))
+        await world.idle()
+    assert world.counted(events.UPSERTED, "applied") == 1
+    assert world.counted(events.UPSERTED, "retried") == 0
+
+
+async def test_a_commit_that_fails_does_not_end_the_worker(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush, times = world.engines.index.flush, count(1)
+
+    async def away() -> None:
+        if next(times) <= 10:
+            raise Transient("the index is away")
+        await flush()
+
+    monkeypatch.setattr(world.engines.index, "flush", away)
+    async with world.worker():
+        await world.send(Product(product_id="a", name="A", version=1))
+        await world.idle()
+    assert next(times) > 10
+
+
+async def test_a_stop_does_not_wait_for_a_slow_host_beyond_the_deadline(
+    world: World, pictures: tuple[Pictures, str]
+) -> None:
+    hosted, url = pictures
+    hosted.open.clear()
+    world.settings = world.settings.model_copy(
+        update={"embedder": world.settings.embedder.model_copy(update={"drain_deadline": 0.05})}
+    )
+    await world.send(Product(product_id="a", name="A", version=1))
+    await world.send(Product(product_id="b", name="B", version=1, images=(ImageRef(url=url),)))
+    async with world.worker():
+        await hosted.asked.wait()
+    lag = await world.engines.log.lag(events.EMBEDDER_GROUP, CONSUMED)
+    hosted.open.set()
+    assert sum(lag.values()) == 1
+    async with world.worker():
+        await world.idle()
+        stored = await world.find("b")
+    assert stored is not None
+    assert stored.image_status == "ok"
+
+
+async def test_whoever_waits_for_a_repeated_event_hears_that_its_picture_failed(
+    world: World, pictures: tuple[Pictures, str]
+) -> None:
+    hosted, url = pictures
+    hosted.status = 404
+    product = Product(product_id="a", name="A", version=1, images=(ImageRef(url=url),))
+    outcomes = await world.engines.log.subscribe(None, [events.OUTCOMES])
+    async with world.worker():
+        for _ in range(2):
+            await world.send(product, awaited=True)
+            await world.idle()
+    told = [events.decode_outcome(record) for record in await outcomes.fetch(10, 1.0)]
+    assert [outcome.status for outcome in told] == ["failed", "failed"]
+    assert told[0].error == told[1].error

@@ -6,9 +6,9 @@ import asyncio
 import base64
 import binascii
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import structlog
@@ -30,7 +30,7 @@ from catalens.domain import (
     WriteOutcome,
 )
 from catalens.embedding import CachedEncoder, Compute
-from catalens.errors import CatalensError, ForbiddenUrl, InvalidEvent, InvalidPicture, NotFound, Transient
+from catalens.errors import CatalensError, ForbiddenUrl, InvalidEvent, InvalidPicture, NotFound, StorageFull, Transient
 from catalens.events import Outcome, ProductEvent
 from catalens.ports import (
     BlobStore,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T", Product, OfferChange, Deletion)
+R = TypeVar("R")
 _Vectors: TypeAlias = Mapping[str, "Embedding | InvalidPicture | NotFound"]
 _OFFER_FIELDS = frozenset({"price", "currency", "stock"})
 
@@ -70,8 +71,9 @@ class _Job:
     record: Record
     event: ProductEvent
     pictures: dict[str, Embedding] = field(default_factory=dict)
-    """By cache key."""
+    """By reference or URL."""
     picture_error: str | None = None
+    """Why a picture failed, or all of them if `pictures` is empty."""
 
     @property
     def product(self) -> Product:
@@ -111,6 +113,7 @@ class Embedder:
         self._to_commit = asyncio.Event()
         self._finished = asyncio.Event()
         self._slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
+        self._working: set[asyncio.Task[None]] = set()
         self._not_due: dict[TopicPartition, float] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -126,6 +129,8 @@ class Embedder:
                 await self._poll_loop(consumer, stop, tasks)
                 await self._drain(consumer.assignment())
                 committer.cancel()
+                for late in self._working:
+                    late.cancel()  # it is not committed, so it is read again
             await self._commit(consumer)
         finally:
             await consumer.close()
@@ -134,10 +139,11 @@ class Embedder:
 
     async def _poll_loop(self, consumer: EventConsumer, stop: asyncio.Event, tasks: asyncio.TaskGroup) -> None:
         stopping = asyncio.create_task(stop.wait(), name="embedder.stop")
+        stopping.add_done_callback(lambda _: self._finished.set())
         try:
             while not stop.is_set():
                 if self._offsets.in_flight >= self._settings.in_flight:
-                    await self._wait_for_room(consumer)
+                    await self._wait_for_room(consumer, stop)
                     continue
                 self._resume_due(consumer)
                 fetch = asyncio.create_task(
@@ -148,19 +154,29 @@ class Embedder:
                     fetch.cancel()
                     await asyncio.wait([fetch])
                     return
-                taken = self._take(consumer, fetch.result())
+                try:
+                    taken = self._take(consumer, fetch.result())
+                except Transient as error:  # for as long as the log is away: nothing was taken
+                    log.warning("embedder.fetch_failed", error=str(error))
+                    await self._clock.sleep(error.retry_after)
+                    continue
                 if taken:
                     await self._slots.acquire()
-                    tasks.create_task(self._work(taken, tasks), name="embedder.batch")
+                    self._spawn(tasks, self._work(taken, tasks), "embedder.batch")
         finally:
             stopping.cancel()
 
-    async def _wait_for_room(self, consumer: EventConsumer) -> None:
+    def _spawn(self, tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = tasks.create_task(work, name=name)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+
+    async def _wait_for_room(self, consumer: EventConsumer, stop: asyncio.Event) -> None:
         """Wait with every partition paused; the empty fetch is the poll that keeps a Kafka group membership."""
         consumer.pause(consumer.assignment())
         try:
             async with asyncio.timeout(_POLL_SECONDS * 5):
-                while self._offsets.in_flight >= self._settings.in_flight:
+                while self._offsets.in_flight >= self._settings.in_flight and not stop.is_set():
                     await self._next_finished()
         except TimeoutError:
             await consumer.fetch(1, 0.0)
@@ -211,7 +227,11 @@ class Embedder:
         while True:
             await self._to_commit.wait()
             self._to_commit.clear()
-            await self._commit(consumer)
+            try:
+                await self._commit(consumer)
+            except Transient as error:  # a full disk, say: the work goes on, and is done again if the process ends
+                log.warning("embedder.commit_failed", error=str(error))
+                self._to_commit.set()
             await self._clock.sleep(_COMMIT_SECONDS)
 
     async def _commit(self, consumer: EventConsumer) -> None:
@@ -250,7 +270,7 @@ class Embedder:
     async def _attempt(self, records: Sequence[Record], tasks: asyncio.TaskGroup) -> None:
         """Process a batch; one that fails is halved until the culprit stands alone. All writes are repeatable."""
         try:
-            remote = await with_retries(lambda: self._process(records), self._policy, self._clock, what="batch")
+            remote = await self._persist(lambda: self._process(records), "batch")
         except Transient as error:
             for record in records:
                 await self._retry_later(record, "engine_unavailable", str(error))
@@ -269,7 +289,18 @@ class Embedder:
                 await self._bury(records[0], "internal_error", f"{type(error).__name__}: {error}")
             return
         for job in remote:
-            tasks.create_task(self._fetch_pictures(job), name="embedder.pictures")
+            self._spawn(tasks, self._fetch_pictures(job), "embedder.pictures")
+
+    async def _persist(self, call: Callable[[], Awaitable[R]], what: str) -> R:
+        """Return what `call` returns, tried as often as set, but on a full disk until there is room.
+
+        The events are not to blame for that, and no retry topic and no dead letter could be written either.
+        """
+        while True:
+            try:
+                return await with_retries(call, self._policy, self._clock, what=what)
+            except StorageFull as error:
+                await self._clock.sleep(error.retry_after)
 
     async def _process(self, records: Sequence[Record]) -> list[_Job]:
         """Write what can be written now and finish it; return the products whose remote pictures are still to come."""
@@ -331,6 +362,8 @@ class Embedder:
                 version, own = (known.product.version if known else None) or 0, job.product.version or 0
                 same = version == own and known is not None and known.image_status != "pending"
                 if version > own or same:
+                    if same and known is not None and known.image_status == "failed":
+                        job.picture_error = known.image_error
                     await self._offer_only(job)
                     await self._applied([job], ["known" if same else "superseded"])
                 else:
@@ -420,13 +453,16 @@ class Embedder:
                 image_error=job.picture_error,
                 image=_mean(job.pictures),
             )
-            written = await with_retries(
-                lambda: self._index.update_images([update]), self._policy, self._clock, what="update_images"
-            )
+            written = await self._persist(lambda: self._index.update_images([update]), "update_images")
             self._metrics.pictures.labels("failed" if status == "failed" else "ok").inc()
             await self._applied([job], written)
         except Transient as error:
             await self._retry_later(job.record, "engine_unavailable", str(error))
+        except letters.FailingWorker:
+            raise
+        except Exception as error:  # the boundary: as in _attempt
+            log.exception("event.failed", topic=job.record.topic, offset=job.record.offset)
+            await self._bury(job.record, "internal_error", f"{type(error).__name__}: {error}")
 
     async def _embed_remote(self, job: _Job) -> str | None:
         """Embed every remote picture of the product; returns why one of them should be tried again."""
@@ -441,6 +477,9 @@ class Embedder:
                 transient = str(error)
             except (InvalidPicture, NotFound, ForbiddenUrl) as error:
                 job.picture_error = f"{image.url}: {error}"
+            except Exception as error:  # nobody foresaw it: the product stays, as with any picture that fails
+                log.exception("picture.failed", product_id=job.product.product_id)
+                job.picture_error = f"{image.url}: {type(error).__name__}: {error}"
         return transient
 
     # --- ends ---------------------------------------------------------------------------------------------
@@ -533,6 +572,6 @@ def _mean(pictures: Mapping[str, Embedding]) -> Embedding | None:
 def _outcome(job: _Job, outcome: WriteOutcome) -> Outcome:
     if outcome == "superseded":
         return Outcome(event_id=job.event.id, status="superseded")
-    if isinstance(job.event.data, Product) and _status(job, pending=False) == "failed" and outcome == "applied":
+    if job.picture_error is not None and not job.pictures:
         return Outcome(event_id=job.event.id, status="failed", error=job.picture_error)
     return Outcome(event_id=job.event.id, status="indexed")

@@ -82,6 +82,17 @@ class OpenVinoRuntime:
         # One after the other: each compilation sets the process' locale to "C" and back, and two at once leave it there.
         self._vision = _Graph(core, bundle.path(VISION), dimension, config)
         self._text = _Graph(core, bundle.path(TEXT), dimension, config)
+        self._warm_up(bundle.manifest.image.size)
+
+    def _warm_up(self, size: int) -> None:
+        """Run each tower once on this thread, so that the first lanes do not meet in OpenVINO's own initialisation.
+
+        Its binding sets numpy up at the first tensor, behind a lock that it holds while it waits for the interpreter:
+        two threads that both make their first tensor stop the whole process for ever.
+        """
+        one = np.ones((1, 1), np.int64)
+        self.run_text(one, one)
+        self.run_vision(np.zeros((1, 3, size, size), np.float32))
 
     def run_vision(self, pixels: NDArray[np.float32]) -> Rows:
         """Return [N, dimension] for pixels [N, 3, H, W]. Raises Transient."""

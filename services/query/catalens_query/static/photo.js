@@ -13,6 +13,9 @@ import { Problem } from "./api.js";
 /** No encoder looks at more than a few hundred pixels a side; this leaves room and keeps uploads short. */
 const LONGEST_SIDE = 1024;
 const JPEG_QUALITY = 0.9;
+/** A picture that is small already goes as it is: compressing it once more would only blur it. */
+const SMALL_BYTES = 1024 * 1024;
+const SENT_AS_IS = ["image/jpeg", "image/png", "image/webp"];
 /** The server takes bodies of 25 MB and base64 makes a third more of them. */
 const LARGEST_ORIGINAL = 18 * 1024 * 1024;
 
@@ -64,11 +67,15 @@ export function pictureIn(transfer) {
   return address && /^(https?|data|blob):/i.test(address) ? address.trim() : null;
 }
 
-/** @param {Blob} file @returns {Promise<Blob>} a JPEG of at most LONGEST_SIDE pixels, upright, on white */
+/**
+ * @param {Blob} file
+ * @returns {Promise<Blob>} at most LONGEST_SIDE pixels: the file itself, or a JPEG of it, upright, on white
+ */
 async function shrink(file) {
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
   try {
     const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
+    if (scale === 1 && file.size <= SMALL_BYTES && SENT_AS_IS.includes(file.type)) return file;
     const canvas = document.createElement("canvas");
     canvas.width = Math.max(1, Math.round(bitmap.width * scale));
     canvas.height = Math.max(1, Math.round(bitmap.height * scale));
