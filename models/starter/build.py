@@ -15,6 +15,7 @@ from typing import Any
 import colour
 import features
 import numpy as np
+import onnxruntime
 import text
 import timm
 import torch
@@ -158,9 +159,20 @@ def _describe(output: Path, dimension: int, evaluation: dict[str, Any]) -> None:
         },
         "text": {"max_tokens": MAX_TOKENS, "prefix": "", "pad_id": 0, "lowercase": True},
         "licence": LICENCE, "source": SOURCE, "languages": ["en", "fr", "de", "es"],
-        "files": files, "evaluation": evaluation,
+        "files": files, "check": _check(output), "evaluation": evaluation,
     }  # fmt: skip
     (output / "bundle.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check(output: Path) -> dict[str, list[float]]:
+    """What onnxruntime answers to the two inputs of docs/model-bundles.md."""
+    channel, y, x = np.indices((3, vision.SIZE, vision.SIZE), np.float32)
+    pixels = ((7 * x + 13 * y + 29 * channel) % 256 - vision.MEAN) / np.float32(vision.STD)
+    ids = np.arange(1, 9, dtype=np.int64)[None]
+    image = onnxruntime.InferenceSession(output / "vision.onnx").run(None, {"pixels": pixels[None]})[0][0]
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    text = onnxruntime.InferenceSession(output / "text.onnx").run(None, inputs)[0][0]
+    return {"pixels": image.round(6).tolist(), "input_ids": text.round(6).tolist()}
 
 
 def main() -> None:

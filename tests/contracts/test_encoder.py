@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 LOCALE = locale.setlocale(locale.LC_CTYPE)
-TINY = Path(__file__).parents[1] / "fixtures" / "bundles" / "tiny"
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "fixtures" / "bundles" / "tiny"
 
 
 def settings(tmp_path: Path, *, model: Path = TINY, encoder: EncoderSettings | None = None) -> Settings:
@@ -239,6 +240,28 @@ async def test_a_bundle_that_cannot_run_is_refused_by_name(tmp_path: Path, spoil
     with pytest.raises(Misconfigured, match=named):
         async with open_encoder(settings(tmp_path, model=bundle), Metrics()):
             pass
+
+
+async def test_a_runtime_that_computes_nonsense_is_refused(tmp_path: Path) -> None:
+    check = json.loads((TINY / "bundle.json").read_text())["check"]
+    bundle = respoken(
+        Path(shutil.copytree(TINY, tmp_path / "bundle")), check=check | {"pixels": [*check["pixels"][1:], 0.0]}
+    )
+    with pytest.raises(Misconfigured, match=r"vision\.onnx gives wrong vectors"):
+        async with open_encoder(settings(tmp_path, model=bundle), Metrics()):
+            pass
+
+
+async def test_the_number_of_lanes_changes_no_vector(tmp_path: Path) -> None:
+    demo = [path.read_bytes() for path in sorted((ROOT / "demo" / "images").glob("*.jpg"))[:6]]
+    seen = []
+    for lanes in (1, 3):
+        chosen = settings(tmp_path, model=ROOT / "models" / "starter" / "bundle", encoder=EncoderSettings(lanes=lanes))
+        chosen = chosen.model_copy(update={"pictures": PictureSettings()})
+        async with open_encoder(chosen, Metrics()) as encoder:
+            encoded = await asyncio.gather(*(encoder.embed_image(picture, bulk=True) for picture in demo))
+            seen.append(np.stack([one.embedding for one in encoded]))
+    np.testing.assert_allclose(seen[0], seen[1], atol=1e-4)
 
 
 async def test_a_file_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:

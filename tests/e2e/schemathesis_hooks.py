@@ -61,13 +61,24 @@ def every_line_is_accounted_for(ctx: CheckContext, response: Response, case: Cas
     assert len(tally["errors"]) == min(tally["rejected"], 100), tally
 
 
+_KEYS: Final[set[str]] = set()
+
+
 @schemathesis.hook
 def before_call(ctx: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:
-    """Let a valid product name the id of its path, which no schema can ask for."""
-    if case.operation.label != PUT or case.meta is None or not case.meta.generation.mode.is_positive:
+    """Let a valid request be one that is accepted where no schema can ask for it, so that it is exercised.
+
+    Its body names the id of its path, and its Idempotency-Key was not used before.
+    """
+    if case.meta is None or not case.meta.generation.mode.is_positive:
         return
-    if isinstance(case.body, dict) and case.body.get("product_id") is not None:
+    if case.operation.label == PUT and isinstance(case.body, dict) and case.body.get("product_id") is not None:
         case.body = {**case.body, "product_id": unquote(case.path_parameters["product_id"])}
+    key = case.headers.get("Idempotency-Key")
+    if key in _KEYS:
+        case.headers["Idempotency-Key"] = f"{len(_KEYS)}-{key}"[:255]
+    if key is not None:
+        _KEYS.add(case.headers["Idempotency-Key"])
 
 
 @schemathesis.hook

@@ -272,6 +272,12 @@ async def test_a_huge_price_is_a_price(client: Client) -> None:
     assert (product["price"], product["stock"]) == (1e308, 2**63 - 1)
 
 
+async def test_an_integer_may_be_written_with_a_point(client: Client) -> None:
+    await client.put("pointed", name="Pointed")
+    assert (await client.call("POST", "/api/v1/search", json={"query": "Pointed", "limit": 1.0}))[1]["count"] == 1
+    assert (await client.call("GET", f"{PRODUCTS}?limit=1.0"))[1]["count"] == 1
+
+
 async def test_equal_and_older_versions_have_no_effect(client: Client) -> None:
     assert (await client.put("versions", name="Five", version=5))["status"] == "indexed"
     await client.call("PUT", f"{PRODUCTS}/versions?wait=true", json={"name": "Another five", "version": 5})

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.standalone import Standalone
+from tests.standalone import ROOT, Standalone
 
 EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "15")
+SEED = os.environ.get("SCHEMATHESIS_SEED", "20")
 
 
 def test_schemathesis_finds_no_5xx_and_no_contradiction(server: Standalone, tmp_path: Path) -> None:
@@ -21,12 +22,17 @@ def test_schemathesis_finds_no_5xx_and_no_contradiction(server: Standalone, tmp_
             *("--max-examples", EXAMPLES),
             *("--phases", "examples,coverage,fuzzing"),
             *("--generation-database", "none"),
-            *("--seed", "20"),
+            *("--seed", SEED),
             *("--request-timeout", "30"),
             "--continue-on-failure",
             "--no-color",
         ],
         cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "SCHEMATHESIS_HOOKS": str(Path(__file__).with_name("schemathesis_hooks.py")),
+        },
         capture_output=True,
         text=True,
         check=False,

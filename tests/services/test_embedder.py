@@ -476,3 +476,23 @@ async def test_whoever_waits_for_a_repeated_event_hears_that_its_picture_failed(
     told = [events.decode_outcome(record) for record in await outcomes.fetch(10, 1.0)]
     assert [outcome.status for outcome in told] == ["failed", "failed"]
     assert told[0].error == told[1].error
+
+
+async def test_a_host_that_hangs_keeps_no_product_from_being_found(
+    world: World, pictures: tuple[Pictures, str]
+) -> None:
+    hosted, url = pictures
+    hosted.open.clear()
+    many = [Product(product_id=f"p{n}", name=f"Thing {n}", version=1, images=(ImageRef(url=url),)) for n in range(100)]
+    await world.send(*many)
+    async with world.worker():
+
+        async def all_found() -> bool:
+            return (await world.engines.index.counts("default")).products == 100
+
+        await until(all_found)
+        assert (await world.engines.index.counts("default")).images_pending == 100
+        hosted.open.set()
+        await world.idle()
+    assert (await world.engines.index.counts("default")).images_pending == 0
+    assert await world.dead_letters() == []

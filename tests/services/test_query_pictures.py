@@ -108,6 +108,7 @@ async def test_text_weight_filters_and_limit_are_heeded(shop: Shop) -> None:
     [
         ("image_weight", {"image_weight": "2"}),
         ("image_weight", {"image_weight": "half"}),
+        ("image_weight", {"image_weight": "true"}),
         ("text", {"text": ""}),
         ("filters", {"filters": "{"}),
         ("filters", {"filters": "[]"}),

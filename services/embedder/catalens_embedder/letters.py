@@ -58,13 +58,23 @@ def retry(event: ProductEvent, record: Record, now: float, error: str) -> Messag
     if came.attempts >= len(events.RETRIES):
         return None
     topic = events.RETRIES[came.attempts]
+    message = _onward(event, came, topic, attempts=came.attempts + 1, due=now + _DELAYS[topic])
+    return replace(message, headers={**message.headers, "retry_error": error[:500]})
+
+
+def postponed(event: ProductEvent, record: Record, now: float) -> Message:
+    """Return the record as the next one of the first retry topic, due at once: it was not its turn, which is no try."""
+    came = origin(record)
+    return _onward(event, came, events.RETRIES[0], attempts=came.attempts, due=now)
+
+
+def _onward(event: ProductEvent, came: Origin, topic: str, *, attempts: int, due: float) -> Message:
     message = events.encode(event)  # with its versions, which a foreign event may not have stated
     headers = {
         **message.headers,
-        ATTEMPT: str(came.attempts + 1),
-        DUE: f"{now + _DELAYS[topic]:.3f}",
+        ATTEMPT: str(attempts),
+        DUE: f"{due:.3f}",
         **dict(zip(_ORIGIN, (came.topic, came.partition, came.offset), strict=True)),
-        "retry_error": error[:500],
     }
     return replace(message, topic=topic, headers=headers)
 

@@ -114,6 +114,10 @@ class Embedder:
         self._finished = asyncio.Event()
         self._slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
         self._working: set[asyncio.Task[None]] = set()
+        # Half of what may be in work: beyond, remote pictures wait in a retry topic and hold up no text.
+        self._most_fetches = max(1, settings.embedder.in_flight // 2)
+        self._fetches = 0
+        self._held: set[TopicPartition] = set()
         self._not_due: dict[TopicPartition, float] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -180,7 +184,7 @@ class Embedder:
                     await self._next_finished()
         except TimeoutError:
             await consumer.fetch(1, 0.0)
-        consumer.resume(consumer.assignment() - self._not_due.keys())
+        consumer.resume(consumer.assignment() - self._not_due.keys() - self._held)
 
     def _poll_timeout(self) -> float:
         soonest = min(self._not_due.values(), default=float("inf"))
@@ -191,16 +195,28 @@ class Embedder:
         ready = [partition for partition, when in self._not_due.items() if when <= now]
         for partition in ready:
             del self._not_due[partition]
+        if self._fetches < self._most_fetches:
+            ready += self._held
+            self._held.clear()
         consumer.resume(ready)
-        consumer.pause(self._not_due.keys() & consumer.assignment())  # an assignment change forgets pauses
+        held_back = self._not_due.keys() | self._held
+        consumer.pause(held_back & consumer.assignment())  # an assignment change forgets pauses
 
     def _take(self, consumer: EventConsumer, records: Sequence[Record]) -> list[Record]:
-        """Keep what is due; a retry that is not stops its partition until it is."""
+        """Keep what is due; a retry that is not stops its partition until it is, as one does that may find no room."""
         taken: list[Record] = []
         now = self._clock.now()
+        room = self._most_fetches - self._fetches
         for record in records:
-            if record.source in self._not_due:
+            if record.source in self._not_due or record.source in self._held:
                 continue  # behind the one that was rewound
+            if record.topic in events.RETRIES:
+                if room <= 0:
+                    self._held.add(record.source)
+                    consumer.rewind(record)
+                    consumer.pause([record.source])
+                    continue
+                room -= 1
             when = letters.due(record)
             if when > now:
                 self._not_due[record.source] = when
@@ -258,6 +274,7 @@ class Embedder:
         self._offsets.drop(partitions)
         for partition in partitions:
             self._not_due.pop(partition, None)
+            self._held.discard(partition)
 
     # --- the work on a batch ------------------------------------------------------------------------------
 
@@ -289,7 +306,12 @@ class Embedder:
                 await self._bury(records[0], "internal_error", f"{type(error).__name__}: {error}")
             return
         for job in remote:
-            self._spawn(tasks, self._fetch_pictures(job), "embedder.pictures")
+            if self._fetches < self._most_fetches:
+                self._fetches += 1
+                self._spawn(tasks, self._fetch(job), "embedder.pictures")
+            else:
+                await self._append(letters.postponed(job.event, job.record, self._clock.now()))
+                self._finish(job.record)
 
     async def _persist(self, call: Callable[[], Awaitable[R]], what: str) -> R:
         """Return what `call` returns, tried as often as set, but on a full disk until there is room.
@@ -430,6 +452,12 @@ class Embedder:
             job.pictures[name] = result
 
     # --- remote pictures ----------------------------------------------------------------------------------
+
+    async def _fetch(self, job: _Job) -> None:
+        try:
+            await self._fetch_pictures(job)
+        finally:
+            self._fetches -= 1
 
     async def _fetch_pictures(self, job: _Job) -> None:
         """Fetch and embed what is remote; unreachable ones come back through the retry topics, then count as failed."""

@@ -153,7 +153,7 @@ SCHEMA: Final[dict[str, Any]] = {
         "image_status": _schema({"type": "string", "enum": list(get_args(ImageStatus))}),
     },
     "patternProperties": {
-        r"^attributes\..+": _schema({"anyOf": [_TEXT_SCHEMA, _NUMBER_SCHEMA, {"type": "boolean"}]}, ranged=True)
+        r"^attributes\..+": _schema({"type": ["string", "number", "boolean"], "maxLength": _LONGEST}, ranged=True)
     },
     "additionalProperties": False,
     "maxProperties": _MOST_KEYS,

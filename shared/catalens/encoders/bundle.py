@@ -73,6 +73,16 @@ class FileEntry(Part):
     bytes: Annotated[int, Field(ge=1)]
 
 
+Vector = tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+
+
+class Check(Part):
+    """What a reference runtime answered to two fixed inputs (docs/model-bundles.md), normalised."""
+
+    pixels: Vector
+    input_ids: Vector
+
+
 class Manifest(Part):
     """bundle.json, format 1."""
 
@@ -88,6 +98,7 @@ class Manifest(Part):
     source: str
     languages: tuple[str, ...]
     files: Mapping[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._\-]*$")], FileEntry]
+    check: Check | None = None
     evaluation: Mapping[str, object] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -95,6 +106,8 @@ class Manifest(Part):
         missing = {VISION, TEXT, TOKENIZER} - self.files.keys()
         if missing:
             raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        if self.check and {len(self.check.pixels), len(self.check.input_ids)} != {self.dimension}:
+            raise ValueError(f"check holds vectors of another length than dimension {self.dimension}")
         return self
 
 
