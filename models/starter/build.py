@@ -126,7 +126,7 @@ def _row(token: str, rows: Array, index: dict[str, int], meaning: int) -> Array:
     if token.startswith("["):
         return np.zeros(rows.shape[1], np.float32)
     if body in index and (whole or len(body) > 1):
-        return rows[index[body]] * (1.0 if whole else PIECE_WEIGHT)
+        return np.asarray(rows[index[body]] * (1.0 if whole else PIECE_WEIGHT), np.float32)
     seed = int.from_bytes(hashlib.sha256(token.encode()).digest()[:4], "big")
     row = np.zeros(rows.shape[1], np.float32)
     row[:meaning] = np.random.default_rng(seed).normal(size=meaning)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def evaluate_speed(bundle: Bundle) -> Figures:
     """Milliseconds of one core, the median of repeated single items; pictures are 800 px already decoded."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (800, 800, 3), np.uint8).astype(np.uint8))
     pixels = bundle.pixels(picture)[None]
-    jobs = {
+    jobs: dict[str, Callable[[], Any]] = {
         "image graph ms": lambda: bundle.vision(pixels),
         "image ms, with preprocessing": lambda: bundle.pictures([picture]),
         "text ms": lambda: bundle.texts(["une paire de chaussures rouges"]),

@@ -72,7 +72,7 @@ def _conjugated(word: str, language: str) -> bool:
     if endings is None:
         return False
     lemma = simplemma.lemmatize(word, lang=language)
-    return lemma != word and lemma.endswith(endings)
+    return bool(lemma != word and lemma.endswith(endings))
 
 
 def _add(vocabulary: dict[str, Word], spelling: str, language: str, probability: float) -> None:
@@ -129,7 +129,7 @@ def _clean(vectors: Array, components: int = 3) -> Array:
     axes = np.linalg.svd(vectors[::7], full_matrices=False)[2][:components]
     vectors = vectors - vectors @ axes.T @ axes
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / np.maximum(lengths, 1e-9)).astype(np.float32)
+    return np.asarray(vectors / np.maximum(lengths, 1e-9), np.float32)
 
 
 def build_tokenizer(words: Iterable[str], pieces: Iterable[str], max_tokens: int) -> Tokenizer:

@@ -88,7 +88,10 @@ class EmbedderSettings(Section):
     """The worker between log and index."""
 
     batch: Count = Field(default=64, description="events processed together")
-    in_flight: Count = Field(default=256, description="events in work at most; beyond, partitions are paused")
+    in_flight: Count = Field(
+        default=256,
+        description="events in work at most, half of them on remote pictures; beyond, partitions are paused",
+    )
     engine_attempts: Count = Field(
         default=5, description="tries of a write on an engine that is away, then a retry topic"
     )

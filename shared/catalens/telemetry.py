@@ -62,7 +62,7 @@ class Metrics:
         self.accepted = Counter("catalens_events_accepted", "Events the log acknowledged.", ["type"], registry=add)
         self.processed = Counter(
             "catalens_events_processed",
-            "Events the embedder finished, by outcome: applied, known, superseded, expired, retried, dead.",
+            "Events the embedder finished, by outcome: applied, known, superseded, retried, dead.",
             ["type", "outcome"],
             registry=add,
         )

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from catalens.engines.blobs import FileBlobStore
+from catalens.errors import Transient
 
 OLD = 1_000_000_000.0
 
@@ -30,6 +33,13 @@ async def test_what_a_killed_process_left_unfinished_is_no_blob_and_is_swept(tmp
     store = FileBlobStore(tmp_path)
     assert [reference async for reference in store.references(older_than=4_000_000_000.0)] == []
     assert list((tmp_path / "unfinished").iterdir()) == []
+
+
+async def test_a_folder_that_is_gone_is_an_error_that_housekeeping_survives(tmp_path: Path) -> None:
+    store = FileBlobStore(tmp_path)
+    (tmp_path / "00").rmdir()
+    with pytest.raises(Transient, match="cannot be read"):
+        [reference async for reference in store.references(older_than=4e9)]
 
 
 FULL_DISK = """

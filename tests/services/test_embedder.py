@@ -496,3 +496,34 @@ async def test_a_host_that_hangs_keeps_no_product_from_being_found(
         await world.idle()
     assert (await world.engines.index.counts("default")).images_pending == 0
     assert await world.dead_letters() == []
+
+
+async def test_an_unreadable_picture_is_tried_again_without_its_batch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreadable, readable = await world.engines.blobs.put(jpeg()), world.engines.blobs.get
+
+    async def get(reference: str) -> bytes:
+        if reference == unreadable:
+            raise Transient("input/output error")
+        return await readable(reference)
+
+    monkeypatch.setattr(world.engines.blobs, "get", get)
+    await world.send(*(Product(product_id=f"p{number}", name="Good", version=1) for number in range(10)))
+    await world.send(Product(product_id="x", name="Red thing", version=1, images=(ImageRef(blob=unreadable),)))
+    async with world.worker():
+
+        async def settled() -> bool:
+            return (await world.engines.index.counts("default")).products == 10
+
+        await until(settled)
+
+        async def retried() -> bool:
+            return world.counted(events.UPSERTED, "retried") == 1
+
+        await until(retried)
+        monkeypatch.setattr(world.engines.blobs, "get", readable)
+        world.clock.time += 11
+        await world.idle()
+    assert (await world.engines.index.counts("default")).products == 11
+    assert world.counted(events.UPSERTED, "retried") == 1

@@ -68,7 +68,7 @@ def test_bad_settings_are_named_by_their_variable(monkeypatch: pytest.MonkeyPatc
 
 def test_a_list_that_is_no_json_is_misconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CATALENS_API_KEYS", "shop:secret")
-    with pytest.raises(Misconfigured, match="api_keys"):
+    with pytest.raises(Misconfigured, match=r"api_keys.*JSON"):
         load_settings()
 
 
@@ -103,6 +103,13 @@ def test_a_port_that_is_taken() -> None:
     assert check.status == "fail"
     assert "CATALENS_HTTP__PORT" in check.advice
     assert port("127.0.0.1", 0).status == "ok"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])
+def test_an_address_of_another_machine(host: str) -> None:
+    check = port(host, 0)
+    assert check.status == "fail"
+    assert "CATALENS_HTTP__HOST" in check.advice
 
 
 def test_data_folder_that_is_not_there_yet(tmp_path: Path) -> None:

@@ -107,3 +107,12 @@ def test_the_very_same_picture_is_known_by_its_cosine() -> None:
     assert own_picture([ranked("text", 0.1, b=1.0), ranked("image", 0.9, a=0.99998, c=0.99)]) == "a"
     assert own_picture([ranked("image", 0.9, a=0.999)]) is None
     assert own_picture([ranked("image", 0.9), ranked("text", 0.1, a=1.0)]) is None
+
+
+def test_a_product_without_a_picture_is_not_held_back_by_the_pictures() -> None:
+    lexical = RankedList("lexical", 0.6, [LegHit("bare", 9.0), LegHit("shown", 8.0)], complete=True)
+    text = RankedList("text", 0.2, [LegHit("bare", 0.9), LegHit("shown", 0.8), LegHit("other", 0.1)], complete=True)
+    pictures = [LegHit("shown", 0.5), LegHit("other", 0.1)]
+    assert fuse([lexical, text, RankedList("image", 0.2, pictures, complete=True)])[0].product_id == "bare"
+    cut_off = fuse([lexical, text, RankedList("image", 0.2, pictures)])
+    assert cut_off[0].product_id == "shown", "beyond the end of a longer list it may have a picture that is far off"

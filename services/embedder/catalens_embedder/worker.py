@@ -288,10 +288,6 @@ class Embedder:
         """Process a batch; one that fails is halved until the culprit stands alone. All writes are repeatable."""
         try:
             remote = await self._persist(lambda: self._process(records), "batch")
-        except Transient as error:
-            for record in records:
-                await self._retry_later(record, "engine_unavailable", str(error))
-            return
         except (letters.FailingWorker, asyncio.CancelledError):
             raise
         except Exception as error:  # the boundary: what nobody foresaw becomes a dead letter with its reason
@@ -299,18 +295,21 @@ class Embedder:
                 middle = len(records) // 2
                 await self._attempt(records[:middle], tasks)
                 await self._attempt(records[middle:], tasks)
+            elif isinstance(error, Transient):
+                await self._retry_later(records[0], "engine_unavailable", str(error))
             elif isinstance(error, InvalidEvent):
                 await self._bury(records[0], "invalid_event", str(error))
             else:
                 log.exception("event.failed", topic=records[0].topic, offset=records[0].offset)
                 await self._bury(records[0], "internal_error", f"{type(error).__name__}: {error}")
             return
-        for job in remote:
-            if self._fetches < self._most_fetches:
-                self._fetches += 1
-                self._spawn(tasks, self._fetch(job), "embedder.pictures")
-            else:
-                await self._append(letters.postponed(job.event, job.record, self._clock.now()))
+        room = max(0, self._most_fetches - self._fetches)
+        for job in remote[:room]:
+            self._fetches += 1
+            self._spawn(tasks, self._fetch(job), "embedder.pictures")
+        if later := remote[room:]:
+            await self._append(*(letters.postponed(job.event, job.record, self._clock.now()) for job in later))
+            for job in later:
                 self._finish(job.record)
 
     async def _persist(self, call: Callable[[], Awaitable[R]], what: str) -> R:
@@ -553,10 +552,10 @@ class Embedder:
         self._finish(record)
         self._limit.note(dead=True)
 
-    async def _append(self, message: Message) -> None:
+    async def _append(self, *messages: Message) -> None:
         """Append to the log, waiting as long as it is away: without this the record may not be finished."""
         endless = RetryPolicy(attempts=1_000_000)
-        await with_retries(lambda: self._log.append([message]), endless, self._clock, what="append")
+        await with_retries(lambda: self._log.append(messages), endless, self._clock, what="append")
 
     def _count(self, kind: str, outcome: str) -> None:
         self._metrics.processed.labels(kind, outcome).inc()

@@ -24,21 +24,30 @@ class RankedList:
     using: VectorName
     weight: float
     hits: Sequence[LegHit]
+    complete: bool = False
+    """There is nothing beyond `hits`: a product that a dense list lacks has no such vector."""
+
+    def judges(self, product_id: str, known: Mapping[str, float]) -> bool:
+        """False where the list says nothing about a product, because it has no such picture or text."""
+        return product_id in known or not self.complete or self.using == "lexical"
 
 
 def fuse(lists: Sequence[RankedList]) -> list[LegHit]:
     """Return every product of `lists`, best first, ties in product_id order.
 
     A single list keeps its own scores (cosine or BM25). Of several, each is mapped to 0…1 and the weighted mean is
-    the score: 1 is the best of every list, 0 the worst of each or absent from it.
+    the score: 1 is the best of every list, 0 the worst of each or absent from it. A product without a picture is
+    not held against it where that is known: the mean is over the lists that can judge it.
     """
     if len(lists) == 1:
         return _ordered({hit.product_id: hit.score for hit in lists[0].hits})
-    total = sum(one.weight for one in lists)
+    calibrated = [(one, _calibrated(one)) for one in lists]
     scores: dict[str, float] = {}
-    for one in lists:
-        for product_id, value in _calibrated(one).items():
-            scores[product_id] = scores.get(product_id, 0.0) + one.weight / total * value
+    for product_id in {hit.product_id for one in lists for hit in one.hits}:
+        judging = [
+            (one.weight, known.get(product_id, 0.0)) for one, known in calibrated if one.judges(product_id, known)
+        ]
+        scores[product_id] = sum(weight * value for weight, value in judging) / sum(weight for weight, _ in judging)
     return _ordered(scores)
 
 

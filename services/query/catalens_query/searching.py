@@ -163,7 +163,10 @@ class Searcher:
         ranking: list[LegHit] = []
         for depth in TIERS if legs else ():
             answers = await self._index.search(tenant, [leg.at(depth) for leg in legs], where)
-            lists = [fusion.RankedList(leg.using, leg.weight, hits) for leg, hits in zip(legs, answers, strict=True)]
+            lists = [
+                fusion.RankedList(leg.using, leg.weight, hits, complete=len(hits) < depth)
+                for leg, hits in zip(legs, answers, strict=True)
+            ]
             own = fusion.own_picture(lists) if by_picture and not ranking else None
             ranking = fusion.extend(ranking, fusion.fuse(lists), single=len(legs) == 1)
             if own is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import errno
 import platform
 import shutil
 import socket
@@ -71,7 +72,7 @@ def load_settings() -> Settings:
             )
         ) from error
     except ValueError as error:  # a list or section that is no JSON
-        raise Misconfigured(f"settings: {error}") from error
+        raise Misconfigured(f"settings: {error}: it is written as JSON, see docs/reference/settings.md") from error
 
 
 async def examine(environ: Mapping[str, str], env_file: Path = Path(".env")) -> list[Check]:
@@ -150,7 +151,12 @@ def port(host: str, number: int) -> Check:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, number))
     except OSError as error:
-        advice = "stop what listens there, or choose another port with CATALENS_HTTP__PORT"
+        nowhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        advice = (
+            "set CATALENS_HTTP__HOST to an address of this machine"
+            if nowhere
+            else "stop what listens there, or choose another port with CATALENS_HTTP__PORT"
+        )
         return Check("port", "fail", f"{host}:{number}: {error.strerror or error}", advice)
     return Check("port", "ok", f"{host}:{number} is free")
 

@@ -56,9 +56,13 @@ class FileBlobStore:
             raise storage_error(error, f"picture {reference} cannot be read") from error
 
     async def references(self, *, older_than: float) -> AsyncIterator[str]:
-        """Iterate the references last stored before `older_than` (Unix seconds)."""
+        """Iterate the references last stored before `older_than` (Unix seconds); raises Transient."""
         for folder in self._folders.values():
-            for reference in await asyncio.to_thread(_stored_before, folder, older_than):
+            try:
+                found = await asyncio.to_thread(_stored_before, folder, older_than)
+            except OSError as error:
+                raise storage_error(error, f"{folder} cannot be read") from error
+            for reference in found:
                 yield reference
 
     async def delete(self, reference: str, *, older_than: float | None = None) -> None:
