@@ -52,7 +52,7 @@ class Conflict(CatalensError):
 
 
 class ModelMismatch(CatalensError):
-    """The index was built by another model; `catalens reindex` is the way out. Never mixed, always refused."""
+    """The index was built by another model. Vectors of two models are never mixed, always refused."""
 
 
 class Misconfigured(CatalensError):

@@ -291,7 +291,8 @@ class _Engine:
                 "index.writes_lost",
                 folder=str(folder),
                 batches=opened["lost_batches"],
-                advice="acknowledged writes are gone (power loss or a damaged file): run `catalens reindex`",
+                advice="acknowledged writes are gone (power loss or a damaged file): import the catalogue again "
+                "(`catalens reindex` is not built yet)",
             )
         return engine
 

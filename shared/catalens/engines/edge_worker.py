@@ -502,6 +502,12 @@ def _lock(folder: Path) -> int:
             return handle
 
 
+WAY_OUT: Final = (
+    "import the catalogue again into an empty CATALENS_DATA_DIR (`catalens reindex`, which will do it in place, is not "
+    "built yet)"
+)
+
+
 def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
     if not path.exists():
         partial = path.with_suffix(".tmp")
@@ -513,18 +519,18 @@ def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
         version, model = meta["format"], meta["model"]
         fingerprint, name = model["fingerprint"], f"{model['id']} ({model['revision']})"
     except (ValueError, KeyError, TypeError) as error:
-        raise Refusal("config", f"{path} is damaged: {error!r}; `catalens reindex` rebuilds the index") from error
+        raise Refusal("config", f"{path} is damaged ({error!r}): {WAY_OUT}") from error
     if version != FORMAT:
         raise Refusal(
             "config",
-            f"the index in {path.parent} has format {version}, this release reads {FORMAT}: "
-            "`catalens reindex` rebuilds it from the event log",
+            f"the index in {path.parent} has format {version}, this release reads {FORMAT}: {WAY_OUT}",
         )
     if fingerprint != spec["fingerprint"]:
         raise Refusal(
             "model",
             f"the index in {path.parent} was built by {name}, fingerprint {fingerprint}; the encoder is "
-            f"{spec['id']} ({spec['revision']}), fingerprint {spec['fingerprint']}: run `catalens reindex`",
+            f"{spec['id']} ({spec['revision']}), fingerprint {spec['fingerprint']}: "
+            f"set CATALENS_MODEL back, or {WAY_OUT}",
         )
 
 
@@ -541,7 +547,7 @@ def _open_shard(folder: Path, dimension: int) -> edge.EdgeShard:
     except BaseException as error:  # the engine raises bare Exception, and BaseException where Rust panics
         raise Refusal(
             "config",
-            f"the index in {folder} cannot be read ({error}): `catalens reindex` rebuilds it from the event log",
+            f"the index in {folder} cannot be read ({error}): {WAY_OUT}",
         ) from error
 
 
