@@ -76,14 +76,19 @@ test-chaos: $(VENV)/.dev ## kill -9 during an import, CHAOS_KILLS times (20)
 bench-standalone: $(VENV)/.dev ## import and search figures of the standalone process
 	$(BIN)/python -m benchmarks.standalone
 
+.PHONY: settings-reference
+settings-reference: $(VENV)/.dev ## write docs/reference/settings.md and .env.example again from the settings
+	$(BIN)/python scripts/settings_reference.py
+
 .PHONY: screenshots
 screenshots: $(VENV)/.dev ## take the README's screenshots in a real browser
 	@scripts/ensure-chromium
 	$(BIN)/python scripts/screenshots.py
 
+STARTER_PYTHON ?= python3.12
 .PHONY: starter-model
-starter-model: | $(BIN)/python ## rebuild the bundled starter model from its ingredients
-	$(PYTHON) -m venv .cache/starter-venv
+starter-model: ## rebuild the bundled starter model from its ingredients (Python 3.12, npm, apt; half an hour)
+	$(STARTER_PYTHON) -m venv .cache/starter-venv
 	.cache/starter-venv/bin/python -m pip install -q -r models/starter/requirements.txt
 	.cache/starter-venv/bin/python models/starter/build.py
 

@@ -31,6 +31,8 @@ OUTCOMES: Final = "catalog.outcomes"
 """What became of events that somebody waits for (`ce_awaited`); short retention, read without a group."""
 
 TOPICS: Final = (PRODUCTS, OFFERS, *RETRIES, DEAD_LETTERS, OUTCOMES)
+CONSUMED: Final = (PRODUCTS, OFFERS, *RETRIES)
+"""What the embedder reads; its lag there is the work that waits."""
 EMBEDDER_GROUP: Final = "catalens-embedder"
 
 UPSERTED: Final = "catalens.product.upserted.v1"

@@ -38,7 +38,7 @@ from catalens.ports import EncodedImage, Encoder
 from catalens.settings import EmbedderSettings, EncoderSettings, PictureSettings, Settings
 from catalens.telemetry import Metrics
 from catalens_embedder import letters
-from catalens_embedder.worker import CONSUMED, Embedder
+from catalens_embedder.worker import Embedder
 
 TINY = Path(__file__).parent.parent / "fixtures" / "bundles" / "tiny"
 
@@ -99,7 +99,7 @@ class World:
         """Return when every record was finished and committed."""
 
         async def nothing_left() -> bool:
-            return not any((await self.engines.log.lag(events.EMBEDDER_GROUP, CONSUMED)).values())
+            return not any((await self.engines.log.lag(events.EMBEDDER_GROUP, events.CONSUMED)).values())
 
         await until(nothing_left)
 
@@ -452,7 +452,7 @@ async def test_a_stop_does_not_wait_for_a_slow_host_beyond_the_deadline(
     await world.send(Product(product_id="b", name="B", version=1, images=(ImageRef(url=url),)))
     async with world.worker():
         await hosted.asked.wait()
-    lag = await world.engines.log.lag(events.EMBEDDER_GROUP, CONSUMED)
+    lag = await world.engines.log.lag(events.EMBEDDER_GROUP, events.CONSUMED)
     hosted.open.set()
     assert sum(lag.values()) == 1
     async with world.worker():

@@ -58,7 +58,6 @@ R = TypeVar("R")
 _Vectors: TypeAlias = Mapping[str, "Embedding | InvalidPicture | NotFound"]
 _OFFER_FIELDS = frozenset({"price", "currency", "stock"})
 
-CONSUMED = (events.PRODUCTS, events.OFFERS, *events.RETRIES)
 _POLL_SECONDS = 1.0
 _COMMIT_SECONDS = 1.0  # at most one commit in this time: each makes the index write to disk first
 _BATCHES_AT_ONCE = 2  # while one batch is being written the next one is in the encoder
@@ -125,7 +124,7 @@ class Embedder:
 
         Raises FailingWorker when too much ends as dead letters.
         """
-        consumer = await self._log.subscribe(events.EMBEDDER_GROUP, CONSUMED, on_revoke=self._revoked)
+        consumer = await self._log.subscribe(events.EMBEDDER_GROUP, events.CONSUMED, on_revoke=self._revoked)
         self._consumer = consumer
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from catalens.domain import DEFAULT_TENANT, Filter, Leg, ModelSpec, PictureInfo, SparseVector, StoredProduct
 from catalens.embedding import CachedEncoder
 from catalens.errors import CatalensError, ForbiddenUrl, InvalidPicture, NotFound, Transient
-from catalens.events import EMBEDDER_GROUP, OFFERS, PRODUCTS, RETRIES
+from catalens.events import CONSUMED, EMBEDDER_GROUP
 from catalens.openapi import PICTURE, Content, Handler, Operation
 from catalens.pictures import Picture
 from catalens.ports import BlobStore, EmbeddingCache, Encoder, EventLog, ImageSource, VectorIndex
@@ -362,7 +362,7 @@ class QueryService:
 
     async def _stats(self, request: web.Request) -> web.Response:
         counts = await self._index.counts(tenant_of(request))
-        lag = await self._log.lag(EMBEDDER_GROUP, (PRODUCTS, OFFERS, *RETRIES))
+        lag = await self._log.lag(EMBEDDER_GROUP, CONSUMED)
         cache = self._cache.stats()
         spec = None if self._encoder is None else self._encoder.spec
         return reply(

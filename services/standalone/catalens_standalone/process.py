@@ -18,7 +18,7 @@ from catalens.retry import SystemClock
 from catalens.settings import Settings
 from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
-from catalens_embedder.worker import CONSUMED, Embedder
+from catalens_embedder.worker import Embedder
 from catalens_ingest.service import BundleInfo, IngestService
 from catalens_query.service import QueryService
 
@@ -104,7 +104,7 @@ async def collect_garbage(engines: Engines, settings: Settings, clock: Clock) ->
     now = clock.now()
     await engines.log.expire(now)
     await engines.index.collect_tombstones(now - settings.embedder.tombstone_days * 86_400)
-    lag = await engines.log.lag(events.EMBEDDER_GROUP, CONSUMED)
+    lag = await engines.log.lag(events.EMBEDDER_GROUP, events.CONSUMED)
     if any(lag.values()):
         return  # an event that waits may name a blob that the index does not know yet
     async for batch in _batches(engines.blobs.references(older_than=now - _BLOB_GRACE_SECONDS)):
