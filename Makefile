@@ -76,9 +76,10 @@ test-chaos: $(VENV)/.dev ## kill -9 during an import, CHAOS_KILLS times (20)
 bench-standalone: $(VENV)/.dev ## import and search figures of the standalone process
 	$(BIN)/python -m benchmarks.standalone
 
-.PHONY: settings-reference
-settings-reference: $(VENV)/.dev ## write docs/reference/settings.md and .env.example again from the settings
+.PHONY: reference
+reference: $(VENV)/.dev ## write docs/reference/settings.md, asyncapi.json and .env.example again from the models
 	$(BIN)/python scripts/settings_reference.py
+	$(BIN)/python scripts/event_reference.py
 
 .PHONY: screenshots
 screenshots: $(VENV)/.dev ## take the README's screenshots in a real browser
