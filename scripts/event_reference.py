@@ -39,9 +39,9 @@ def document() -> dict[str, Any]:
             "title": "Catalens events",
             "version": "1",
             "description": (
-                "CloudEvents 1.0 in the Kafka protocol binding's binary mode: attributes in `ce_` headers, the value is"
-                " the JSON data. A producer may write these directly. Unknown fields are ignored, so that old and new events "
-                "decode for ever."
+                "CloudEvents 1.0 in the Kafka protocol binding's binary mode: attributes in `ce_` headers, "
+                "the value is the JSON data. A producer may write these directly. Unknown fields are ignored, "
+                "so that old and new events decode for ever."
             ),
             "license": {"name": "Apache-2.0"},
         },
