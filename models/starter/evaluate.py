@@ -116,7 +116,7 @@ def evaluate_drawings(bundle: Bundle, cache: Path) -> Figures:
 
 def evaluate_clips(bundle: Bundle, cache: Path) -> Figures:
     """The hold-out fifth of the Open Clip Art drawings by title, any drawing of that title being right."""
-    from features import clip_things  # noqa: PLC0415
+    from features import clip_things  # noqa: PLC0415 - needs torch, which the photographs do not
 
     things, views = clip_things(cache)
     shown = [(index, pixels) for index, _, view, pixels in views if view == 0 and things[index].split == "holdout"]

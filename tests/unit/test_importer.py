@@ -426,6 +426,8 @@ class StumblingService:
         self.takes_only: str | None = None
         """Requests that begin with another product are answered 503, whichever comes first."""
         self.kept: list[dict[str, Any]] = []
+        self.chunks: list[list[str]] = []
+        """The ids that each answered request held, in its order; two requests may arrive in either order."""
         self.requests = 0
         self.lags: list[int] = []
 
@@ -449,7 +451,13 @@ class StumblingService:
             else:
                 errors.append({"line": number, "product_id": product.get("product_id"), "error": "name: required"})
         accepted = len(body.splitlines()) - len(errors)
+        self.chunks.append([product["product_id"] for product in self.kept[len(self.kept) - accepted :]])
         return web.json_response({"accepted": accepted, "rejected": len(errors), "errors": errors})
+
+    def in_file_order(self) -> list[str]:
+        """The ids of all requests, each in its own order, the requests by what they begin with."""
+        by_start = sorted(filter(None, self.chunks), key=lambda chunk: int(chunk[0].removeprefix("p-")))
+        return [product_id for chunk in by_start for product_id in chunk]
 
     async def stats(self, _: web.Request) -> web.Response:
         lag = self.lags.pop(0) if self.lags else 0
@@ -502,12 +510,9 @@ async def test_everything_is_accounted_for(write: Callable[..., Path]) -> None:
     path = write(*products(150), {"product_id": "nameless"}, "broken", *products(50, start=150))
     service = StumblingService()
     summary, reported = await import_into(service, path)
-    # Two requests are under way at once: each product arrives once, different ones in any order.
-    assert sorted(product["product_id"] for product in service.kept) == sorted(f"p-{n}" for n in range(200))
+    assert service.in_file_order() == [f"p-{n}" for n in range(200)]
     assert (summary.progress.accepted, summary.progress.rejected, summary.progress.rows) == (200, 2, 202)
-    rows = [progress.rows for progress in reported]
-    assert rows == sorted(rows)
-    assert (rows[0], rows[-1]) == (0, 202)
+    assert [progress.rows for progress in reported] == [0, 100, 200, 202]
     assert summary.errors == path.with_name("catalogue.jsonl.errors.jsonl")
     entries = [json.loads(line) for line in summary.errors.read_text().splitlines()]
     assert [(entry["line"], entry["product_id"]) for entry in entries] == [(151, "nameless"), (152, None)]
@@ -552,7 +557,7 @@ async def test_patience_ends_with_a_clear_word_and_the_next_run_goes_on(write: C
     summary, reported = await import_into(healed, path)
     assert summary.resumed_from == 100
     assert reported[0].rows == 100
-    assert sorted(product["product_id"] for product in healed.kept) == sorted(f"p-{n}" for n in range(100, 250))
+    assert healed.in_file_order() == [f"p-{n}" for n in range(100, 250)]
     assert summary.progress.accepted == 250
 
 

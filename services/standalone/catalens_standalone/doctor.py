@@ -200,9 +200,9 @@ async def _running(settings: Settings) -> Check | None:
 
 async def _engines(settings: Settings, spec: ModelSpec) -> list[Check]:
     # Heavy, and only needed when no process runs.
-    from catalens.encoders import open_encoder  # noqa: PLC0415
-    from catalens.engines import open_engines  # noqa: PLC0415
-    from catalens.telemetry import Metrics  # noqa: PLC0415
+    from catalens.encoders import open_encoder  # noqa: PLC0415  # the quick checks go without
+    from catalens.engines import open_engines  # noqa: PLC0415  # the quick checks go without
+    from catalens.telemetry import Metrics  # noqa: PLC0415  # the quick checks go without
 
     checks = []
     try:
