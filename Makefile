@@ -54,8 +54,13 @@ format: $(VENV)/.dev ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+.PHONY: engines
+engines: $(VENV)/.dev ## Apache Kafka and Redis for the tests, where they can be had; what is missing is said
+	@scripts/ensure-kafka
+	@scripts/ensure-redis
+
 .PHONY: test
-test: $(VENV)/.dev ## unit, contract, service and end-to-end tests
+test: engines ## unit, contract, service and end-to-end tests
 	$(BIN)/python -m pytest
 
 .PHONY: test-browser
@@ -68,17 +73,27 @@ test-torch: $(VENV)/.torch ## the encoder against torch and transformers (gigaby
 	$(BIN)/python -m pytest tests/torch
 
 CHAOS_KILLS ?= 20
+CHAOS_SECONDS ?= 120
 .PHONY: test-chaos
-test-chaos: $(VENV)/.dev ## kill -9 during an import, CHAOS_KILLS times (20)
-	CHAOS_KILLS=$(CHAOS_KILLS) $(BIN)/python -m pytest tests/chaos --timeout 3000
+test-chaos: engines ## kill -9 of everything: CHAOS_KILLS (20) of one process, CHAOS_SECONDS (120) a scenario of a cluster
+	CHAOS_KILLS=$(CHAOS_KILLS) CHAOS_SECONDS=$(CHAOS_SECONDS) $(BIN)/python -m pytest tests/chaos --timeout 3000
 
 .PHONY: bench-standalone
 bench-standalone: $(VENV)/.dev ## import and search figures of the standalone process
 	$(BIN)/python -m benchmarks.standalone
 
+.PHONY: bench-pipeline
+bench-pipeline: engines ## events/s through Kafka, ingest over HTTP, freshness
+	$(BIN)/python -m benchmarks.pipeline
+
+.PHONY: bench-soak
+bench-soak: engines ## memory over SOAK_MINUTES (30) at full load
+	$(BIN)/python -m benchmarks.soak
+
 .PHONY: reference
-reference: $(VENV)/.dev ## write docs/reference/settings.md, asyncapi.json and .env.example again from the models
+reference: $(VENV)/.dev ## write docs/reference/{settings,metrics}.md, asyncapi.json and .env.example again from the code
 	$(BIN)/python scripts/settings_reference.py
+	$(BIN)/python scripts/metrics_reference.py
 	$(BIN)/python scripts/event_reference.py
 
 .PHONY: screenshots
@@ -99,8 +114,8 @@ UV_COMPILE = $(BIN)/uv pip compile -q pyproject.toml --universal --generate-hash
 lock: | $(BIN)/python ## resolve the dependencies again into requirements/*.txt
 	$(PIP) install -q uv
 	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --group build -o requirements/standalone.txt
-	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --group build --group dev --group browser -c requirements/standalone.txt -o requirements/dev.txt
-	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra torch --group build --group dev --group browser --group torch -c requirements/dev.txt -o requirements/torch.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server --group build --group dev --group browser -c requirements/standalone.txt -o requirements/dev.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server --extra torch --group build --group dev --group browser --group torch -c requirements/dev.txt -o requirements/torch.txt
 
 .PHONY: clean
 clean: ## remove the environment and caches, never your data

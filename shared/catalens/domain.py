@@ -194,6 +194,19 @@ class PictureInfo:
     sha256: str
 
 
+_Validator = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[\x20-\x7e]+$")]
+
+
+class SeenPicture(Value):
+    """What a host said of a picture when it was last fetched: enough to ask whether it has changed since."""
+
+    url: str
+    """Where it came from in the end: what a host says of one address means nothing at another."""
+    sha256: str
+    etag: _Validator | None = None
+    last_modified: _Validator | None = None
+
+
 # --- the index's side -------------------------------------------------------------------------------------
 
 
@@ -267,6 +280,47 @@ class StoredProduct:
     """Unix seconds of the last applied write."""
     vectors: Mapping[str, Embedding] = field(default_factory=dict)
     """Only when asked for: "image", "text"."""
+
+
+@dataclass(frozen=True, slots=True)
+class PointState:
+    """Everything the index knows of one product, hidden or not: what a copy or a comparison is made from."""
+
+    point: uuid.UUID
+    tenant: str
+    product_id: str
+    state: Literal["live", "deleted", "offer"]
+    """deleted: a tombstone; offer: an offer that waits for its product."""
+    version: int | None
+    """Of the content or the deletion; None for a lone offer."""
+    product: Product | None
+    """Of a live one: the content with its version, and no offer field set."""
+    offer: OfferChange | None
+    """The stored offer with its version; None if no offer was ever stated."""
+    offers: tuple[OfferChange, ...] = ()
+    """By ascending version, the offers that `offer` comes from, each with the fields that it still decides."""
+    image_status: ImageStatus | None = None
+    image_error: str | None = None
+    indexed_at: float = 0.0
+    vectors: Mapping[str, Embedding] = field(default_factory=dict)
+    """Only when asked for: "image", "text"."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexInfo:
+    """What an index was built by."""
+
+    model: str
+    """As CATALENS_MODEL names it."""
+    spec: ModelSpec
+    generation: int = 0
+    """Tells indexes of one spec apart: a rebuild makes a further one."""
+
+    @property
+    def name(self) -> str:
+        """What the index is called, in folder and collection names and on the command line."""
+        suffix = f"-{self.generation}" if self.generation else ""
+        return f"{self.spec.fingerprint[:12]}{suffix}"
 
 
 VectorName = Literal["image", "text", "lexical"]

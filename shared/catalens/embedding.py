@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from catalens.domain import ModelSpec, sha256_hex
+from catalens.domain import ModelSpec, SeenPicture, sha256_hex
 from catalens.errors import InvalidPicture, NotFound
 from catalens.ports import EmbeddingCache, Encoder
 from catalens.telemetry import Metrics
@@ -24,12 +24,18 @@ def cache_key(spec: ModelSpec, tower: Tower, content_sha256: str) -> str:
 
 
 class CachedEncoder:
-    """An Encoder behind an EmbeddingCache."""
+    """An Encoder behind an EmbeddingCache.
+
+    What several callers of this object need at the same time is computed once. Two processes that meet at the same
+    new content both compute it, with the same result: the cache is not asked to arbitrate (docs/adr/0013).
+    """
 
     def __init__(self, encoder: Encoder, cache: EmbeddingCache, metrics: Metrics) -> None:
         self._encoder = encoder
         self._cache = cache
         self._metrics = metrics
+        self._under_way: dict[str, _Shared] = {}
+        metrics.cache_available.set_function(lambda: cache.stats().get("available", 1))
 
     @property
     def spec(self) -> ModelSpec:
@@ -47,6 +53,24 @@ class CachedEncoder:
         key = self.picture_key(sha256_hex(data))
         found = await self.many({key: lambda: self.compute_picture(data, bulk=bulk)})
         return _raised(found[key])
+
+    async def recall(self, url: str) -> tuple[SeenPicture, Embedding] | None:
+        """Return what the picture at `url` was when it was last fetched, if its vector is still at hand.
+
+        Without the vector it would be no help to hear that the picture has not changed.
+        """
+        seen = await self._cache.recall(url)
+        if seen is None:
+            return None
+        (vector,) = await self._look_up([self.picture_key(seen.sha256)])
+        if vector is None:
+            return None
+        self._metrics.cache.labels("hit").inc()
+        return seen, vector
+
+    async def remember(self, url: str, seen: SeenPicture) -> None:
+        """Remember what the picture at `url` was."""
+        await self._cache.remember(url, seen)
 
     def text_key(self, text: str) -> str:
         """Return the cache key of a text."""
@@ -70,28 +94,73 @@ class CachedEncoder:
         A content that can never be embedded is its own result; any other error is raised and ends the call.
         """
         keys = list(jobs)
-        cached = zip(keys, await self._cache.get(keys), strict=True)
+        found = zip(keys, await self._look_up(keys), strict=True)
         results: dict[str, Embedding | InvalidPicture | NotFound] = {
-            k: known for k, known in cached if known is not None
+            k: known for k, known in found if known is not None
         }
-        missing = [key for key in keys if key not in results]
+        missing = {key: jobs[key] for key in keys if key not in results}
         self._metrics.cache.labels("hit").inc(len(results))
         self._metrics.cache.labels("miss").inc(len(missing))
-        if len(missing) == 1:  # the common case of a query: no task, and the caller's own exception
-            results[missing[0]] = await _settled(jobs[missing[0]])
-        elif missing:
-            # Not a TaskGroup: its ExceptionGroup would hide Transient and Overloaded from the caller.
-            tasks = {key: asyncio.create_task(_settled(jobs[key]), name="embedding.compute") for key in missing}
-            try:
-                await asyncio.gather(*tasks.values())
-            finally:
-                for task in tasks.values():
-                    task.cancel()
-                await asyncio.wait(tasks.values())
-            results.update({key: task.result() for key, task in tasks.items()})
-        computed = {key: results[key] for key in missing}
-        await self._cache.put({key: value for key, value in computed.items() if not isinstance(value, Exception)})
+        if missing:
+            results.update(await self._compute(missing))
         return results
+
+    async def _look_up(self, keys: Sequence[str]) -> Sequence[Embedding | None]:
+        """Return what the cache knows; what is no vector of this model is unknown."""
+        shape = (self.spec.dimension,)
+        return [None if v is None or v.shape != shape else v for v in await self._cache.get(keys)]
+
+    async def _compute(self, jobs: Mapping[str, Compute]) -> Mapping[str, Embedding | InvalidPicture | NotFound]:
+        """Compute side by side what nobody is computing yet, wait for the rest, and put all of it into the cache."""
+        joined = {key: self._join(key, compute) for key, compute in jobs.items()}
+        try:
+            # Not a TaskGroup: its ExceptionGroup would hide Transient and Overloaded from the caller.
+            tasks = [shared.task for shared in joined.values()]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()  # raises what went wrong
+            results = {key: shared.task.result() for key, shared in joined.items()}
+            for key, result in results.items():
+                # Somebody else's way to this content leads nowhere, such as a blob that is gone: try our own.
+                if isinstance(result, NotFound) and joined[key].compute is not jobs[key]:
+                    results[key] = await _settled(jobs[key])
+            await self._cache.put({key: value for key, value in results.items() if not isinstance(value, Exception)})
+            return results
+        finally:
+            await self._leave(joined)
+
+    def _join(self, key: str, compute: Compute) -> _Shared:
+        shared = self._under_way.get(key)
+        if shared is None:
+            shared = self._under_way[key] = _Shared(compute)
+        shared.callers += 1
+        return shared
+
+    async def _leave(self, joined: Mapping[str, _Shared]) -> None:
+        """Give up on the computations; those that nobody else waits for are ended."""
+        ended: list[asyncio.Task[Any]] = []
+        for key, shared in joined.items():
+            shared.callers -= 1
+            if shared.callers:
+                continue
+            if self._under_way.get(key) is shared:
+                del self._under_way[key]
+            if not shared.task.done():
+                shared.task.cancel()
+                ended.append(shared.task)
+        if ended:
+            await asyncio.wait(ended)
+
+
+class _Shared:
+    """A computation and how many callers wait for it: it ends with the last of them, not with the first."""
+
+    def __init__(self, compute: Compute) -> None:
+        self.compute = compute
+        self.callers = 0
+        self.task = asyncio.create_task(_settled(compute), name="embedding.compute")
+        # Its error may come when the last caller has just left: nobody asks for it then.
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
 async def _settled(compute: Compute) -> Embedding | InvalidPicture | NotFound:

@@ -30,10 +30,20 @@ DEAD_LETTERS: Final = "catalog.dlq"
 OUTCOMES: Final = "catalog.outcomes"
 """What became of events that somebody waits for (`ce_awaited`); short retention, read without a group."""
 
+COMPACTED: Final = (PRODUCTS, OFFERS)
+"""Of these the newest record of each key is kept for ever: a scan of them rebuilds the index."""
 TOPICS: Final = (PRODUCTS, OFFERS, *RETRIES, DEAD_LETTERS, OUTCOMES)
 CONSUMED: Final = (PRODUCTS, OFFERS, *RETRIES)
 """What the embedder reads; its lag there is the work that waits."""
 EMBEDDER_GROUP: Final = "catalens-embedder"
+REINDEX_GROUPS: Final = f"{EMBEDDER_GROUP}-"
+"""Followed by the name of an index that is being built: the group that reads for it."""
+
+FIRST_ARRIVAL: Final = "retry_first"
+"""Header of a record that came back, by a retry or a replay: when the event first arrived, Unix seconds."""
+
+ORIGIN: Final = ("retry_topic", "retry_partition", "retry_offset")
+"""Headers of a record that came back: where it first stood in the log."""
 
 UPSERTED: Final = "catalens.product.upserted.v1"
 DELETED: Final = "catalens.product.deleted.v1"
@@ -123,7 +133,7 @@ def decode(record: Record) -> ProductEvent:
     """Return the event in `record`, unknown fields ignored; raises InvalidEvent naming what is wrong.
 
     A foreign producer may leave out the tenant (`default`), the source, the time and the versions: those are then
-    the record's own time in microseconds, which a replay repeats exactly.
+    the event's first arrival in microseconds, which a retry and a replay repeat exactly.
     """
     headers = record.headers
     kind = headers.get("ce_type", "")
@@ -141,12 +151,21 @@ def decode(record: Record) -> ProductEvent:
         type=kind,  # type: ignore[arg-type]  # a key of _MODELS
         id=headers.get("ce_id") or f"{record.topic}/{record.partition}/{record.offset}",
         tenant=tenant,
-        data=with_versions(data, int(record.timestamp * 1_000_000)),
+        data=with_versions(data, int(first_arrival(record) * 1_000_000)),
         source=headers.get("ce_source", ""),
         time=headers.get("ce_time", ""),
         awaited=headers.get("ce_awaited") == "true",
         traceparent=headers.get("ce_traceparent"),
     )
+
+
+def first_arrival(record: Record) -> float:
+    """Return when the event in `record` first arrived, Unix seconds: its own time, unless it came back."""
+    try:
+        first = float(record.headers.get(FIRST_ARRIVAL, ""))
+    except ValueError:
+        return record.timestamp
+    return first if 0 <= first < record.timestamp else record.timestamp  # NaN is neither
 
 
 def with_versions(data: EventData, assigned: int) -> EventData:

@@ -11,7 +11,7 @@ import re
 import threading
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
@@ -55,6 +55,8 @@ _STOP: Final = frozenset(
     )
     for word in words.split()
 )
+_UNIT: Final = re.compile(r"\d\s[^\W\d_]{2}(?![^\W_])")
+"""Finds something in every text that has a number and a unit apart."""
 
 
 class _Stemmers(threading.local):
@@ -76,16 +78,22 @@ def document_vector(product: Product) -> SparseVector:
     frequencies: defaultdict[str, float] = defaultdict(float)
     length = 0
     for text, weight in _fields(product):
-        for word, _ in _words(text):
+        # A brand, a shelf or a colour is many products'; names and descriptions are each their own.
+        words, joined = _cut(text) if weight in (NAME, DESCRIPTION) else _cut_label(text)
+        length += len(words) + len(joined)
+        for word in words + joined:
             frequencies[word] += weight
-            length += 1
+            if not word.isalnum():
+                length += len(_split(word)) - 1
     terms: defaultdict[int, float] = defaultdict(float)
     for word, frequency in frequencies.items():
-        for term, _ in _terms(word):
+        for term in _document_terms(word):
             terms[term] += frequency
     terms[_identifier(product.product_id)] += NAME
     norm = K1 * (1 - B + B * length / AVERAGE_LENGTH)
-    return _sparse({term: tf * (K1 + 1) / (tf + norm) for term, tf in terms.items()})
+    weights = {tf: tf * (K1 + 1) / (tf + norm) for tf in set(terms.values())}
+    indices = sorted(terms)
+    return SparseVector(tuple(indices), tuple([weights[terms[term]] for term in indices]))
 
 
 def query_vector(text: str) -> SparseVector:
@@ -101,7 +109,8 @@ def query_vector(text: str) -> SparseVector:
             terms[term] += share * part
     for chunk in text.split():
         terms[_identifier(chunk)] += 1.0
-    return _sparse(terms)
+    indices = sorted(terms)
+    return SparseVector(tuple(indices), tuple([terms[term] for term in indices]))
 
 
 def text_for_embedding(product: Product) -> str:
@@ -140,17 +149,27 @@ def _words(text: str) -> list[tuple[str, float]]:
     A compound gives the whole and its parts ("t-shirt": tshirt, t, shirt); a single letter, or a unit after a number,
     is also joined with its neighbour ("t shirt": tshirt; "500 ml": 500ml), so that all spellings meet.
     """
+    found, joined = _cut(text)
+    return [*(part for word in found for part in _split(word)), *((word, _WHOLE_SHARE) for word in joined)]
+
+
+def _cut(text: str) -> tuple[list[str], list[str]]:
+    """Return the words as they stand, compounds whole, and the neighbours that are also one word."""
     text = unicodedata.normalize("NFKC", text).casefold().translate(_APOSTROPHES)
     if "'" in text:
         text = _POSSESSIVE.sub("", _ELISION.sub("", text))
-    words: list[tuple[str, float]] = []
-    found = list(_WORD.finditer(text))
-    for match in found:
-        words += _split(match[0])
-    for before, after in pairwise(found):
-        if after.start() - before.end() == 1 and text[before.end()].isspace() and _joins(before[0], after[0]):
-            words.append((before[0] + after[0], _WHOLE_SHARE))
-    return words
+    words = _WORD.findall(text)
+    lone = 1 in map(len, words) and any(len(word) == 1 and word not in _STOP for word in words)
+    if not lone and _UNIT.search(text) is None:
+        return words, []  # most texts; to look at neighbours costs four times as much
+    return words, [
+        before[0] + after[0]
+        for before, after in pairwise(_WORD.finditer(text))
+        if after.start() - before.end() == 1 and text[before.end()].isspace() and _joins(before[0], after[0])
+    ]
+
+
+_cut_label = lru_cache(maxsize=20_000)(_cut)
 
 
 @lru_cache(maxsize=100_000)
@@ -168,6 +187,12 @@ def _joins(before: str, after: str) -> bool:
     if before in _STOP or after in _STOP or not (before.isalnum() and after.isalnum()):
         return False
     return 1 in (len(before), len(after)) or (before.isdecimal() and len(after) == 2 and after.isalpha())
+
+
+@lru_cache(maxsize=100_000)
+def _document_terms(word: str) -> tuple[int, ...]:
+    """Return the term ids of a word and its parts, one as often as it occurs among them."""
+    return tuple(term for part, _ in _split(word) for term, _ in _terms(part))
 
 
 @lru_cache(maxsize=100_000)
@@ -201,10 +226,7 @@ def _term(kind: str, text: str) -> int:
     return int.from_bytes(blake2b((kind + text).encode(errors="surrogatepass"), digest_size=4).digest(), "little")
 
 
-def _sparse(weights: Mapping[int, float]) -> SparseVector:
-    items = sorted(weights.items())
-    return SparseVector(tuple(term for term, _ in items), tuple(weight for _, weight in items))
-
-
 def _plain(text: str) -> str:
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    if not text.isprintable():
+        text = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(text.split())

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Coroutine, Mapping
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
+
+from catalens import tracing
+from catalens.errors import CatalensError
+from catalens.settings import Settings, load_settings
+from catalens.telemetry import configure_logging
 
 log = structlog.get_logger(__name__)
 
@@ -53,3 +59,18 @@ async def supervise(
         if isinstance(result, Exception):
             log.error("task.failed", task=task.get_name(), error=str(result))
             raise result
+
+
+def run_service(name: str, serve: Callable[[Settings], Coroutine[Any, Any, None]]) -> None:
+    """Be the process of one service, of that name in traces: settings, logging, `serve` until a signal.
+
+    What is wrong is one line on stderr.
+    """
+    try:
+        settings = load_settings()
+        configure_logging(settings)
+        tracing.configure(settings, name)
+        asyncio.run(serve(settings))
+    except CatalensError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201  # for whoever started it, logging set up or not
+        sys.exit(1)

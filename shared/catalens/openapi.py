@@ -23,6 +23,10 @@ Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PICTURE: Final = ("file", "image", "image_file")
 """The names that a multipart part with the one picture of a call may have."""
 IDEMPOTENCY_KEY: Final = r"^[\x21-\x7e]{1,255}$"
+_PATH_SCHEMAS: Final[Mapping[str, Json]] = {
+    "product_id": TypeAdapter(ProductId).json_schema(),
+    "letter_id": {"type": "string", "pattern": "^[0-9]{1,18}-[0-9]{1,18}$", "example": "0-17"},
+}
 _REF: Final = "#/components/schemas/"
 _BLANK: Final = r"[ \t\n\r]*"
 _HEX: Final = "[0-9a-fA-F]"
@@ -112,7 +116,7 @@ _PROBLEM_TEXT: Final[Mapping[int, str]] = {
     403: "Not from here: another site's page, or a foreign Host on a service without API keys",
     404: "Does not exist",
     408: "The body came too slowly",
-    409: "The Idempotency-Key was used with another request",
+    409: "The Idempotency-Key was used with another request, or the state of things forbids this one",
     413: "Too large",
     415: "The content type is not the one of this call, or the picture is not a picture",
     422: "An invalid value; `errors` names the fields",
@@ -229,7 +233,7 @@ def _operation_id(operation: Operation) -> str:
 def _parameters(operation: Operation) -> list[Json]:
     found: list[Json] = []
     for name in re.findall(r"{(\w+)}", operation.path):
-        schema: Json = TypeAdapter(ProductId).json_schema() if name == "product_id" else {"type": "string"}
+        schema = _PATH_SCHEMAS.get(name, {"type": "string"})
         found.append({"name": name, "in": "path", "required": True, "schema": schema})
     if operation.params is not None:
         schema = operation.params.model_json_schema(ref_template=_REF + "{model}")

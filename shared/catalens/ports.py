@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+from uuid import UUID
 
 from catalens.domain import (
     Filter,
     ImageUpdate,
     IndexCounts,
     IndexDocument,
+    IndexInfo,
     Leg,
     LegHit,
     Message,
@@ -22,7 +24,9 @@ from catalens.domain import (
     OfferUpdate,
     Offsets,
     PictureInfo,
+    PointState,
     Record,
+    SeenPicture,
     StoredProduct,
     TombstoneWrite,
     TopicPartition,
@@ -56,8 +60,34 @@ class EventLog(Protocol):
         """
         ...
 
+    def scan(self, topics: Sequence[str], *, start: Offsets | None = None) -> AsyncIterator[Record]:
+        """Iterate every record of `topics` present as of this call, from `start` or the earliest, then end.
+
+        In offset order per partition, outside any group. Raises Transient (log away), Misconfigured (no such topic).
+        """
+        ...
+
+    async def discard(self, before: Offsets) -> None:
+        """Drop, per partition, every record below the offset; what is gone already is no error."""
+        ...
+
+    async def committed(self, group: str, topics: Sequence[str]) -> Mapping[TopicPartition, int]:
+        """Return the offset that `group` goes on from, per partition of `topics` (the earliest if none is stored)."""
+        ...
+
+    async def set_committed(self, group: str, offsets: Offsets) -> None:
+        """Durably store where `group` goes on from; raises Conflict while the group has members."""
+        ...
+
+    async def members(self, group: str) -> int:
+        """Return how many members `group` has now, in any process."""
+        ...
+
     async def expire(self, now: float) -> int:
-        """Drop records past their retention that every group has read; returns how many. Offsets never restart."""
+        """Drop records past their retention that every group has read; returns how many. Offsets never restart.
+
+        Of products and offers the newest record of each key is kept for ever, so that a scan rebuilds the index.
+        """
         ...
 
     async def lag(self, group: str, topics: Sequence[str]) -> Mapping[TopicPartition, int]:
@@ -187,6 +217,12 @@ class VectorIndex(Protocol):
         """Return those blob references that some stored product (of any tenant if None) still names."""
         ...
 
+    async def export(
+        self, *, after: UUID | None = None, limit: int = 256, with_vectors: bool = False
+    ) -> Sequence[PointState]:
+        """Return every kind of point of every tenant in ascending point id order, those after `after`."""
+        ...
+
     async def flush(self) -> None:
         """Make everything written so far survive power loss, where the adapter can."""
         ...
@@ -196,8 +232,58 @@ class VectorIndex(Protocol):
         ...
 
 
+class Indexes(Protocol):
+    """The vector indexes of one installation side by side, one a model; the current one is what queries read."""
+
+    async def current(self) -> IndexInfo | None:
+        """Return what queries read now, as every process sees it; None before the first index."""
+        ...
+
+    async def all(self) -> Sequence[IndexInfo]:
+        """Return every index there is."""
+        ...
+
+    async def open(self, info: IndexInfo) -> VectorIndex:
+        """Open the index of `info.spec`, made empty if there is none; the first one ever becomes the current one.
+
+        Raises Misconfigured, Transient. Whether it is the current one is the caller's to check.
+        """
+        ...
+
+    async def switch(self, info: IndexInfo) -> None:
+        """Make the index of `info` the current one, atomically and durably."""
+        ...
+
+    async def drop(self, info: IndexInfo) -> None:
+        """Delete an index for good; raises Conflict if it is the current one."""
+        ...
+
+    async def notes(self, info: IndexInfo) -> Mapping[str, str]:
+        """Return what `set_notes` last stored with that index; empty if nothing."""
+        ...
+
+    async def set_notes(self, info: IndexInfo, notes: Mapping[str, str]) -> None:
+        """Durably keep these few words with that index, such as how far a copy has come."""
+        ...
+
+    async def held(self) -> bool:
+        """Return whether the workers are asked to stand aside because a switch is under way."""
+        ...
+
+    async def hold(self, on: bool) -> None:
+        """Ask the workers to stand aside, or to go on; forgotten by nobody's end but `hold(False)` or `switch`."""
+        ...
+
+    async def close(self) -> None:
+        """Close every index that was opened here."""
+        ...
+
+
 class EmbeddingCache(Protocol):
-    """Vectors by content hash and model fingerprint. Losing it costs time, never data; it never raises."""
+    """Vectors by content hash and model fingerprint, and what pictures at URLs were.
+
+    Losing it costs time, never data; it never raises.
+    """
 
     async def get(self, keys: Sequence[str]) -> Sequence[Embedding | None]:
         """Return what is known, in order, in one round trip."""
@@ -207,13 +293,30 @@ class EmbeddingCache(Protocol):
         """Remember; may evict others."""
         ...
 
+    async def recall(self, url: str) -> SeenPicture | None:
+        """Return what was last remembered of the picture at `url`."""
+        ...
+
+    async def remember(self, url: str, seen: SeenPicture) -> None:
+        """Remember what the picture at `url` was; may forget others."""
+        ...
+
     def stats(self) -> Mapping[str, int]:
-        """Return hits, misses, entries."""
+        """Return hits, misses and what else the adapter knows: entries, errors, available (0 while it is away)."""
         ...
 
     async def close(self) -> None:
         """Release."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedPicture:
+    """A picture's bytes and what its host said of them."""
+
+    data: bytes
+    seen: SeenPicture | None
+    """What to remember of it; None if the host gave nothing to ask by the next time."""
 
 
 class ImageSource(Protocol):
@@ -226,6 +329,10 @@ class ImageSource(Protocol):
     async def fetch(self, url: str) -> bytes:
         """Return the bytes. Raises ForbiddenUrl, InvalidPicture (too many bytes), NotFound (404, 410) or
         Transient (unreachable, slow, 5xx)."""
+        ...
+
+    async def fetch_changed(self, url: str, seen: SeenPicture | None) -> FetchedPicture | None:
+        """Return the picture, or None if its host says that it is still the one that was `seen`; raises as fetch."""
         ...
 
     async def close(self) -> None:
@@ -241,7 +348,7 @@ class BlobStore(Protocol):
         ...
 
     async def get(self, reference: str) -> bytes:
-        """Return the bytes; raises NotFound."""
+        """Return the bytes; raises NotFound, Transient."""
         ...
 
     def references(self, *, older_than: float) -> AsyncIterator[str]:

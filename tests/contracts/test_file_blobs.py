@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from catalens.engines.blobs import FileBlobStore
-from catalens.errors import Transient
+from catalens.engines.blobs import FileBlobStore, folder_of
+from catalens.errors import Misconfigured, Transient
 
 OLD = 1_000_000_000.0
 
@@ -30,9 +30,57 @@ async def test_putting_a_known_blob_makes_it_young_again(tmp_path: Path) -> None
 async def test_what_a_killed_process_left_unfinished_is_no_blob_and_is_swept(tmp_path: Path) -> None:
     FileBlobStore(tmp_path)
     (tmp_path / "unfinished" / "half").write_bytes(b"half a pict")
+    os.utime(tmp_path / "unfinished" / "half", (OLD, OLD))
+    (tmp_path / "unfinished" / "being written").write_bytes(b"by another proce")
     store = FileBlobStore(tmp_path)
     assert [reference async for reference in store.references(older_than=4_000_000_000.0)] == []
-    assert list((tmp_path / "unfinished").iterdir()) == []
+    assert [path.name for path in (tmp_path / "unfinished").iterdir()] == ["being written"]
+
+
+ANOTHER = """
+import asyncio, sys
+from pathlib import Path
+from catalens.engines.blobs import FileBlobStore
+
+async def main(root):
+    store = FileBlobStore(root)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    await store.put(b"picture")
+    print("stored", flush=True)
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+async def test_a_put_of_another_process_and_a_conditional_delete_take_turns(tmp_path: Path) -> None:
+    """Or the delete, having seen an old file, would remove what was stored again the moment before."""
+    store = FileBlobStore(tmp_path)
+    reference = await store.put(b"picture")
+    os.utime(tmp_path / reference[:2] / reference, (OLD, OLD))
+    other = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", ANOTHER, str(tmp_path)), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert await other.stdout.readline() == b"ready\n"
+    answer = asyncio.create_task(other.stdout.readline(), name="answer")
+    with store._turn():
+        other.stdin.write(b"put\n")
+        await asyncio.wait([answer], timeout=0.3)  # time to do it wrong
+        assert not answer.done()
+    assert await answer == b"stored\n"
+    await store.delete(reference, older_than=OLD + 1)
+    assert await store.get(reference) == b"picture"
+    await other.wait()
+    await store.close()
+
+
+async def test_a_folder_is_named_by_its_full_path(tmp_path: Path) -> None:
+    assert folder_of(f"file://{tmp_path}/shop%20pictures") == tmp_path / "shop pictures"
+    for wrong in ("file://", "file:///", "file://relative/pictures", "s3://bucket/x"):
+        with pytest.raises(Misconfigured, match="CATALENS_BLOBS__URL"):
+            folder_of(wrong)
 
 
 async def test_a_folder_that_is_gone_is_an_error_that_housekeeping_survives(tmp_path: Path) -> None:

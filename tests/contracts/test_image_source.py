@@ -15,8 +15,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from tests import pictures
 
+from catalens.domain import SeenPicture, sha256_hex
 from catalens.engines.images import HttpImages, Lookup, is_global, system_lookup
 from catalens.errors import ForbiddenUrl, InvalidPicture, NotFound, Transient
+from catalens.ports import FetchedPicture
 from catalens.settings import PictureSettings
 
 PICTURE = pictures.jpeg()
@@ -34,6 +36,7 @@ class Shop:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.connections: set[asyncio.Transport | None] = set()
         self.at_once: Counter[str] = Counter()
         self.most_at_once: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
@@ -43,12 +46,24 @@ class Shop:
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.seen.append(request.path_qs)
+        self.connections.add(request.transport)
         self.headers.append(dict(request.headers))
         handler: Handler = getattr(self, request.match_info["what"].replace("-", "_"))
         return await handler(request)
 
     async def picture(self, _: web.Request) -> web.StreamResponse:
         return web.Response(body=PICTURE, content_type="image/jpeg")
+
+    async def tagged(self, request: web.Request) -> web.StreamResponse:
+        """A picture with the validators that the query names; 304 to whoever states one of them."""
+        validators = {name: request.query[name] for name in ("ETag", "Last-Modified") if name in request.query}
+        asked = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
+        if any(request.headers.get(asked[name]) == value for name, value in validators.items()):
+            return web.Response(status=304, headers=validators)
+        return web.Response(body=PICTURE, headers=validators)
+
+    async def unmodified(self, _: web.Request) -> web.StreamResponse:
+        return web.Response(status=304)
 
     async def status(self, request: web.Request) -> web.StreamResponse:
         return web.Response(status=int(request.query["code"]), headers={"Retry-After": "7"})
@@ -79,6 +94,15 @@ class Shop:
         await response.prepare(request)
         await response.write(PICTURE[:10])
         await self.hold.wait()
+        return response
+
+    async def loris(self, request: web.Request) -> web.StreamResponse:
+        """Never silent for long, and never done."""
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while not self.hold.is_set():
+            await response.write(b"x")
+            await asyncio.sleep(0.01)
         return response
 
     async def cut(self, request: web.Request) -> web.StreamResponse:
@@ -203,6 +227,80 @@ async def test_each_status_says_whether_to_come_back(at: At, code: int, error: t
         assert caught.value.retry_after == 7
 
 
+# --- what is not fetched again ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "validators",
+    ['ETag="1"', 'ETag=W/"1"', "Last-Modified=Sun, 22 Nov 2026 10:00:00 GMT", 'ETag="1"&Last-Modified=yesterday'],
+)
+async def test_a_picture_that_is_the_same_is_not_sent_again(at: At, shop: Shop, validators: str) -> None:
+    async with source() as images:
+        first = await images.fetch_changed(at(f"/tagged?{validators}"), None)
+        assert first is not None
+        assert first.data == PICTURE
+        assert first.seen is not None
+        assert first.seen.sha256 == sha256_hex(PICTURE)
+        assert await images.fetch_changed(at(f"/tagged?{validators}"), first.seen) is None
+        changed = await images.fetch_changed(
+            at(f"/tagged?{validators}"), first.seen.model_copy(update={"etag": '"0"', "last_modified": None})
+        )
+        assert changed == first
+    assert not {"If-None-Match", "If-Modified-Since"} & shop.headers[0].keys()
+
+
+async def test_without_a_validator_there_is_nothing_to_ask_by(at: At) -> None:
+    async with source() as images:
+        fetched = await images.fetch_changed(at("/picture"), None)
+    assert fetched == FetchedPicture(PICTURE, None)
+
+
+@pytest.mark.parametrize("etag", ["", "é", '"' + "x" * 600 + '"'])
+async def test_a_validator_that_is_none_is_not_remembered(at: At, etag: str) -> None:
+    async with source() as images:
+        fetched = await images.fetch_changed(at(f"/tagged?ETag={etag}"), None)
+    assert fetched == FetchedPicture(PICTURE, None)
+
+
+async def test_what_was_seen_at_one_address_is_not_asked_of_another(at: At, shop: Shop) -> None:
+    """A redirect may lead elsewhere by now, and what "1" means there is that host's own affair."""
+    async with source() as images:
+        first = await images.fetch_changed(at('/redirect?to=/tagged?ETag="1"'), None)
+        assert first is not None
+        assert first.seen is not None
+        assert first.seen.url.endswith("/tagged?ETag=%221%22")
+        assert await images.fetch_changed(at('/redirect?to=/tagged?ETag="1"'), first.seen) is None
+        assert await images.fetch_changed(at('/redirect?to=/tagged?ETag="1"%26v=2'), first.seen) == FetchedPicture(
+            PICTURE, first.seen.model_copy(update={"url": first.seen.url + "&v=2"})
+        )
+    asked = [path for path, headers in zip(shop.seen, shop.headers, strict=True) if "If-None-Match" in headers]
+    assert len(asked) == 1
+    assert asked[0].startswith("/tagged")
+
+
+async def test_not_modified_is_believed_only_where_it_was_asked(at: At) -> None:
+    elsewhere = SeenPicture(url="https://elsewhere.example/", sha256="0" * 64, etag='"1"')
+    async with source() as images:
+        for seen in (None, elsewhere, SeenPicture(url=at("/unmodified"), sha256="0" * 64)):
+            with pytest.raises(Transient, match="304"):
+                await images.fetch_changed(at("/unmodified"), seen)
+        with pytest.raises(Transient, match="304"):
+            await images.fetch(at("/unmodified"))
+        assert (
+            await images.fetch_changed(at("/unmodified"), SeenPicture(url=at("/unmodified"), sha256="0" * 64, etag="1"))
+            is None
+        )
+
+
+async def test_the_next_picture_comes_over_the_same_connection(at: At, shop: Shop) -> None:
+    async with source() as images:
+        for path in ("/picture", '/tagged?ETag="1"', "/picture"):
+            await images.fetch(at(path))
+        await images.fetch_changed(at("/unmodified"), SeenPicture(url=at("/unmodified"), sha256="0" * 64, etag="1"))
+        await images.fetch(at("/picture"))
+    assert len(shop.connections) == 1
+
+
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +339,7 @@ async def test_a_body_of_exactly_the_limit_passes(at: At) -> None:
                 await images.fetch(at(how))
 
 
-@pytest.mark.parametrize("path", ["/silent", "/dripping"])
+@pytest.mark.parametrize("path", ["/silent", "/dripping", "/loris"])
 async def test_who_is_slow_is_left(at: At, path: str) -> None:
     async with source(OPEN.model_copy(update={"fetch_timeout": 0.05})) as images:
         with pytest.raises(Transient, match=r"0\.05 s"):

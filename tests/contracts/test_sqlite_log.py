@@ -197,13 +197,43 @@ async def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     await fill(log, 3)
     await log.close()
     database = sqlite3.connect(path)
-    database.execute("PRAGMA user_version = 2")
+    database.execute("PRAGMA user_version = 3")
     database.close()
-    with pytest.raises(Misconfigured, match=r"schema version 2, this release knows 1.*newer release"):
+    with pytest.raises(Misconfigured, match=r"schema version 3, this release knows 2.*newer release"):
         await SqliteEventLog.open(path)
     database = sqlite3.connect(path)
     assert database.execute("SELECT count(*) FROM records").fetchone() == (3,)
     database.close()
+
+
+SCHEMA_1 = """
+CREATE TABLE partitions (
+    id INTEGER PRIMARY KEY, topic TEXT NOT NULL, number INTEGER NOT NULL, next INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (topic, number));
+CREATE TABLE records (
+    partition INTEGER NOT NULL, offset INTEGER NOT NULL, timestamp REAL NOT NULL, key TEXT NOT NULL,
+    headers TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (partition, offset));
+CREATE TABLE commits (
+    consumers TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL,
+    PRIMARY KEY (consumers, partition)) WITHOUT ROWID;
+INSERT INTO partitions VALUES (1, 'catalog.products', 0, 2);
+INSERT INTO records VALUES (1, 0, 5.0, 'default|p', '{}', x'6f6c64'), (1, 1, 5.0, 'default|p', '{}', x'6e6577');
+INSERT INTO commits VALUES ('group', 1, 2);
+PRAGMA user_version = 1
+"""
+
+
+async def test_a_file_of_the_first_release_is_upgraded(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite3"
+    database = sqlite3.connect(path)
+    database.executescript(SCHEMA_1)
+    database.close()
+    for expired in (1, 0):  # the second start finds it upgraded
+        log = await SqliteEventLog.open(path)
+        assert await log.lag("group", [TOPIC]) == {PLACE: 0}
+        assert await log.expire(time.time()) == expired
+        assert [record.value async for record in log.scan([TOPIC])] == [b"new"]
+        await log.close()
 
 
 async def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
@@ -264,61 +294,142 @@ def offsets(records: Sequence[Record]) -> list[int]:
     return [record.offset for record in records]
 
 
+RETRIED = events.RETRIES[0]
+RETRIED_PLACE = TopicPartition(RETRIED, 0)
+
+
 async def test_what_is_old_and_read_by_every_group_is_dropped(log: SqliteEventLog) -> None:
-    await fill(log, 10)
-    await read_and_commit(log, "fast", 10)
-    await read_and_commit(log, "slow", 4)
+    await fill(log, 10, RETRIED)
+    await read_and_commit(log, "fast", 10, RETRIED)
+    await read_and_commit(log, "slow", 4, RETRIED)
     now = time.time()
     assert await log.expire(now + WEEK - 60) == 0
     assert await log.expire(now + WEEK + 60) == 4
-    assert offsets(await everything(log)) == [4, 5, 6, 7, 8, 9]
-    assert await log.lag("slow", [TOPIC]) == {PLACE: 6}
-    assert await log.lag("new", [TOPIC]) == {PLACE: 6}
+    assert offsets(await everything(log, RETRIED)) == [4, 5, 6, 7, 8, 9]
+    assert await log.lag("slow", [RETRIED]) == {RETRIED_PLACE: 6}
+    assert await log.lag("new", [RETRIED]) == {RETRIED_PLACE: 6}
 
 
 async def test_offsets_go_on_after_everything_has_expired(log: SqliteEventLog, tmp_path: Path) -> None:
-    await fill(log, 10)
-    await read_and_commit(log, "group", 10)
+    await fill(log, 10, RETRIED)
+    await read_and_commit(log, "group", 10, RETRIED)
     assert await log.expire(time.time() + WEEK + 60) == 10
     await log.close()
     log = await SqliteEventLog.open(tmp_path / "events.sqlite3")
-    assert await log.lag("group", [TOPIC]) == {PLACE: 0}
-    assert await log.lag("new", [TOPIC]) == {PLACE: 0}
-    assert await log.append([message("next")]) == [(PLACE, 10)]
-    assert offsets(await everything(log)) == [10]
+    assert await log.lag("group", [RETRIED]) == {RETRIED_PLACE: 0}
+    assert await log.lag("new", [RETRIED]) == {RETRIED_PLACE: 0}
+    assert await log.append([message("next", RETRIED)]) == [(RETRIED_PLACE, 10)]
+    assert offsets(await everything(log, RETRIED)) == [10]
     await log.close()
 
 
 async def test_more_than_a_chunk_expires(log: SqliteEventLog) -> None:
-    await fill(log, 2500)
-    await read_and_commit(log, "group", 2500)
+    await fill(log, 2500, RETRIED)
+    await read_and_commit(log, "group", 2500, RETRIED)
     assert await log.expire(time.time() + WEEK + 60) == 2500
 
 
 async def test_a_topic_that_no_group_has_read_keeps_everything(log: SqliteEventLog) -> None:
+    await fill(log, 3, RETRIED)
     await fill(log, 3)
     assert await log.expire(time.time() + 100 * WEEK) == 0
 
 
 async def test_a_group_that_has_joined_but_not_committed_counts(log: SqliteEventLog) -> None:
-    await fill(log, 3)
-    await read_and_commit(log, "group", 3)
-    member = await log.subscribe("joined", [TOPIC])
+    await fill(log, 3, RETRIED)
+    await read_and_commit(log, "group", 3, RETRIED)
+    member = await log.subscribe("joined", [RETRIED])
     assert await log.expire(time.time() + WEEK + 60) == 0
     await member.close()
     assert await log.expire(time.time() + WEEK + 60) == 3
 
 
-async def test_dead_letters_stay_and_outcomes_go_after_an_hour(log: SqliteEventLog) -> None:
+async def test_dead_letters_go_after_their_days_and_outcomes_after_an_hour_read_or_not(log: SqliteEventLog) -> None:
     for topic in (events.DEAD_LETTERS, events.OUTCOMES):
         await fill(log, 3, topic)
         await read_and_commit(log, "group", 2, topic)
     now = time.time()
     assert await log.expire(now + HOUR - 60) == 0
     assert await log.expire(now + HOUR + 60) == 3
-    assert await log.expire(now + 100 * WEEK) == 0
-    assert offsets(await everything(log, events.DEAD_LETTERS)) == [0, 1, 2]
     assert await everything(log, events.OUTCOMES) == []
+    assert await log.expire(now + 3 * WEEK - 60) == 0
+    assert offsets(await everything(log, events.DEAD_LETTERS)) == [0, 1, 2]
+    assert await log.expire(now + 3 * WEEK + 60) == 3
+
+
+# --- compaction -------------------------------------------------------------------------------------------
+
+
+async def say(log: SqliteEventLog, *keys: str, topic: str = TOPIC) -> None:
+    await log.append([Message(topic, f"default|{key}", b"{}") for key in keys])
+
+
+async def left(log: SqliteEventLog, topic: str = TOPIC) -> list[int]:
+    return [record.offset async for record in log.scan([topic])]
+
+
+@pytest.mark.parametrize("topic", [events.PRODUCTS, events.OFFERS])
+async def test_the_newest_record_of_each_key_stays_for_ever(log: SqliteEventLog, topic: str) -> None:
+    await say(log, "a", "b", "a", "c", "a", "b", topic=topic)
+    await read_and_commit(log, "group", 6, topic)
+    now = time.time()
+    assert await log.expire(now + WEEK - 60) == 0
+    assert await log.expire(now + WEEK + 60) == 3
+    assert await left(log, topic) == [3, 4, 5]
+    assert await log.expire(now + 100 * WEEK) == 0
+    await say(log, "c", "d", topic=topic)  # replaces a record that compaction has been past long ago
+    await read_and_commit(log, "group", 2, topic)
+    assert await log.expire(now + 200 * WEEK) == 1
+    assert await left(log, topic) == [4, 5, 6, 7]
+    assert await log.committed("new", [topic]) == {TopicPartition(topic, 0): 4}
+
+
+async def test_compaction_goes_on_after_a_restart(log: SqliteEventLog, tmp_path: Path) -> None:
+    await say(log, "a", "b", "a")
+    await read_and_commit(log, "group", 3)
+    assert await log.expire(time.time() + WEEK + 60) == 1
+    await log.close()
+    log = await SqliteEventLog.open(tmp_path / "events.sqlite3")
+    await say(log, "b")
+    await read_and_commit(log, "group", 1)
+    assert await log.expire(time.time() + WEEK + 60) == 1
+    assert await left(log) == [2, 3]
+    assert values_of(await everything(log)) == [b"{}", b"{}"]
+    assert await log.lag("group", [TOPIC]) == {PLACE: 0}
+    await log.close()
+
+
+def values_of(records: Sequence[Record]) -> list[bytes]:
+    return [record.value for record in records]
+
+
+async def test_a_record_goes_only_when_the_one_that_replaces_it_was_read_by_every_group(log: SqliteEventLog) -> None:
+    await say(log, "a", "a", "a")
+    await read_and_commit(log, "fast", 3)
+    await read_and_commit(log, "slow", 2)
+    assert await log.expire(time.time() + WEEK + 60) == 1
+    assert await left(log) == [1, 2]
+    await read_and_commit(log, "slow", 1)
+    assert await log.expire(time.time() + WEEK + 60) == 1
+    assert await left(log) == [2]
+
+
+async def test_a_short_retention_does_not_shorten_the_compaction_lag(tmp_path: Path) -> None:
+    log = await SqliteEventLog.open(tmp_path / "events.sqlite3", retention_hours=1)
+    await say(log, "a", "a")
+    await read_and_commit(log, "group", 2)
+    assert await log.expire(time.time() + 23 * HOUR) == 0
+    assert await log.expire(time.time() + 25 * HOUR) == 1
+    await log.close()
+
+
+async def test_more_than_a_chunk_is_compacted(log: SqliteEventLog) -> None:
+    await say(log, *(f"p{number % 30}" for number in range(2500)))
+    await read_and_commit(log, "group", 2500)
+    assert await log.expire(time.time() + WEEK + 60) == 2470
+    assert await left(log) == list(range(2470, 2500))
+    reader = await log.subscribe("new", [TOPIC])
+    assert len(await reader.fetch(100, 10)) == 30
 
 
 async def test_a_reader_whose_records_expire_goes_on_behind_them(log: SqliteEventLog) -> None:

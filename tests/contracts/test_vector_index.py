@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -35,8 +36,10 @@ from catalens.domain import (
     TombstoneWrite,
     VectorName,
     WriteOutcome,
+    point_id,
 )
 from catalens.engines.edge import EdgeIndex
+from catalens.engines.qdrant import QdrantIndex
 from catalens.errors import InvalidEvent
 from catalens.ports import VectorIndex
 
@@ -52,15 +55,18 @@ BLOB = "0123456789abcdef" * 4
 Open = Callable[[], Awaitable[VectorIndex]]
 
 
-@pytest.fixture(params=["edge"])
+@pytest.fixture(params=["edge", "qdrant"])
 def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """Opens the index under test; a second call, after close, opens the same data."""
-    assert request.param == "edge"
+    if request.param == "qdrant":
+        qdrant = request.getfixturevalue("qdrant_settings")
 
-    async def open_edge() -> VectorIndex:
+    async def open_index() -> VectorIndex:
+        if request.param == "qdrant":
+            return await QdrantIndex.open(qdrant, SPEC)
         return await EdgeIndex.open(tmp_path / "index", SPEC)
 
-    return open_edge
+    return open_index
 
 
 @pytest.fixture
@@ -299,7 +305,8 @@ async def test_an_offer_merges_the_fields_it_sets_if_it_is_newer(index: VectorIn
     assert offer_of(await live(index)) == (10.0, "EUR", 0, 2)
     assert await index.update_offers([offer("p", 2, price=11.0), offer("p", 1, price=12.0)]) == ["known", "superseded"]
     assert offer_of(await live(index)) == (10.0, "EUR", 0, 2)
-    assert await index.update_offers([offer("p", 3, stock=7), offer("p", 4, price=None)]) == ["applied", "applied"]
+    assert await index.update_offers([offer("p", 4, price=None), offer("p", 3, stock=7)]) == ["applied", "applied"]
+    assert await index.update_offers([offer("p", 3, stock=7), offer("p", 2, stock=8)]) == ["superseded", "superseded"]
     stored = await live(index)
     assert offer_of(stored) == (None, "EUR", 7, 4)
     assert stored.image_status == "ok"
@@ -664,6 +671,82 @@ async def test_get_returns_the_live_ones_of_many(index: VectorIndex) -> None:
     assert all(stored.product.product_id == product_id for product_id, stored in found.items())
 
 
+async def test_ids_with_a_long_common_beginning_are_paged_in_order(index: VectorIndex) -> None:
+    common = "catalogue-2026:winter."  # longer than any key that an index may sort by at once
+    ids = [f"{common}{number:05}" for number in range(30)]
+    ids += [common[:length] for length in (7, 8, 9, 15, 16, 17, len(common))]
+    ids += ["a" * 128, "a" * 127 + "b", "a" * 127]
+    await index.upsert([document(product_id, brand="even" if n % 2 else "odd") for n, product_id in enumerate(ids)])
+    for where, expected in ((ALL, ids), (Filter((Condition("brand", ("even",)),)), ids[1::2])):
+        for limit in (1, 7, 100):
+            read: list[str] = []
+            while page := await index.page(SHOP, after=read[-1] if read else None, limit=limit, where=where):
+                assert len(page) <= limit
+                read += [stored.product.product_id for stored in page]
+            assert read == sorted(expected)
+    nobody = await index.page(SHOP, after=common + "00012x", limit=2, where=ALL)
+    assert [stored.product.product_id for stored in nobody] == [common + "00013", common + "00014"]
+
+
+async def test_an_export_holds_every_kind_of_point_of_every_tenant_in_id_order(index: VectorIndex) -> None:
+    product = document("live", 3, image=vector(1), text=vector(0, 1), image_status="ok", attributes={"size": 4}).product
+    await index.upsert(
+        [
+            IndexDocument(SHOP, product, "ok", image=vector(1), text=vector(0, 1), lexical=terms(a=1)),
+            document("priced", 5, price=4.0, currency="EUR", offer_version=7),
+            document("elsewhere", tenant="other", image_status="pending"),
+            document("gone", price=1.0, offer_version=2),
+        ]
+    )
+    await index.delete([tombstone("gone", 6)])
+    await index.update_offers([offer("lone", 9, stock=3)])
+    await index.update_images([ImageUpdate("other", "elsewhere", 1, "failed", "404")])
+    before = time.time()
+    states = {state.product_id: state for state in await index.export()}
+    assert list(states) == [
+        state.product_id
+        for state in sorted(states.values(), key=lambda state: point_id(state.tenant, state.product_id))
+    ]
+    assert all(state.point == point_id(state.tenant, state.product_id) for state in states.values())
+    assert all(before - 60 < state.indexed_at <= before for state in states.values())
+    assert {name: (state.tenant, state.state, state.version, state.image_status) for name, state in states.items()} == {
+        "live": (SHOP, "live", 3, "ok"),
+        "priced": (SHOP, "live", 5, "none"),
+        "elsewhere": ("other", "live", 1, "failed"),
+        "gone": (SHOP, "deleted", 6, None),
+        "lone": (SHOP, "offer", None, None),
+    }
+    assert states["live"].product == product
+    assert not states["live"].product.carries_offer
+    assert states["priced"].product is not None
+    assert not states["priced"].product.carries_offer
+    assert (states["gone"].product, states["lone"].product) == (None, None)
+    assert {name: state.offer and state.offer.model_dump(exclude_unset=True) for name, state in states.items()} == {
+        "live": None,
+        "priced": {"product_id": "priced", "price": 4.0, "currency": "EUR", "offer_version": 7},
+        "elsewhere": None,
+        "gone": {"product_id": "gone", "price": 1.0, "offer_version": 2},
+        "lone": {"product_id": "lone", "stock": 3, "offer_version": 9},
+    }
+    assert states["elsewhere"].image_error == "404"
+    assert not any(state.vectors for state in states.values())
+    (vectors,) = [s.vectors for s in await index.export(with_vectors=True) if s.product_id == "live"]
+    assert vectors.keys() == {"image", "text"}
+    np.testing.assert_allclose(vectors["image"], vector(1), atol=1e-6)
+
+
+async def test_an_export_goes_on_after_a_point_and_ends(index: VectorIndex) -> None:
+    await index.upsert([document(f"p{number}", tenant=f"t{number % 3}") for number in range(300)])
+    read: list[UUID] = []
+    while states := await index.export(after=read[-1] if read else None, limit=7):
+        assert len(states) <= 7
+        read += [state.point for state in states]
+    assert read == sorted(point_id(f"t{number % 3}", f"p{number}") for number in range(300))
+    assert [state.point for state in await index.export(limit=1000)] == read
+    assert len(await index.export()) == 256
+    assert list(await index.export(after=UUID(int=2**128 - 1))) == []
+
+
 # --- across restarts, and in any order ----------------------------------------------------------------------------
 
 
@@ -717,8 +800,11 @@ def histories(draw: st.DrawFn) -> tuple[list[Event], list[Event]]:
     return draw(st.permutations(events + repeated)), draw(st.permutations(events + repeated))
 
 
-def complete_offer(version: int) -> dict[str, Any]:
-    return {"price": float(version), "currency": "EUR", "stock": version % 3, "offer_version": version}
+def some_offer(version: int) -> dict[str, Any]:
+    """Return an offer that states some of the fields, other ones at each version; a few clear what they state."""
+    whole: dict[str, Any] = {"price": float(version), "currency": f"EU{'RSTX'[version % 4]}", "stock": version % 3}
+    stated = {name: whole[name] for bit, name in enumerate(whole) if version >> bit & 1}
+    return {**(dict.fromkeys(stated) if version % 7 == 0 else stated), "offer_version": version}
 
 
 async def play(index: VectorIndex, tenant: str, events: Sequence[Event], batch: int) -> None:
@@ -734,7 +820,7 @@ async def play(index: VectorIndex, tenant: str, events: Sequence[Event], batch: 
                             version=event.version,
                             tenant=tenant,
                             image=vector(1, event.version),
-                            **(complete_offer(event.offer_version) if event.offer_version else {}),
+                            **(some_offer(event.offer_version) if event.offer_version else {}),
                         )
                         for event in now
                     ]
@@ -742,7 +828,7 @@ async def play(index: VectorIndex, tenant: str, events: Sequence[Event], batch: 
             elif kind == "delete":
                 await index.delete([tombstone("p", event.version, tenant=tenant) for event in now])
             else:
-                changes = [OfferChange(product_id="p", **complete_offer(event.offer_version)) for event in now]
+                changes = [OfferChange(product_id="p", **some_offer(event.offer_version)) for event in now]
                 await index.update_offers([OfferUpdate(tenant, change) for change in changes])
 
 

@@ -93,5 +93,5 @@ def _is_beyond_schemas(problem: dict[str, Any]) -> bool:
     if problem["type"] == "urn:catalens:problem:forbidden-url":  # a host that is none, or is not on the public Internet
         return True
     fields = [error["field"] for error in problem.get("errors", ())]
-    # a picture to search with that can't be fetched; a reference to a picture that was never uploaded
-    return bool(fields) and all(field.endswith((".url", ".blob")) for field in fields)
+    # a picture to search with that can't be fetched; a reference to a picture that was never uploaded; no such model
+    return bool(fields) and all(field.endswith((".url", ".blob")) or field == "model" for field in fields)

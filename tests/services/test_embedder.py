@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from PIL import Image
+from pydantic import ValidationError
 
 from catalens import events
 from catalens.domain import (
@@ -26,7 +30,9 @@ from catalens.domain import (
     OfferChange,
     Product,
     Record,
+    SeenPicture,
     StoredProduct,
+    TopicPartition,
     WriteOutcome,
     sha256_hex,
 )
@@ -34,8 +40,8 @@ from catalens.encoders import open_encoder
 from catalens.engines import Engines, open_engines
 from catalens.errors import StorageFull, Transient
 from catalens.events import EventData
-from catalens.ports import EncodedImage, Encoder
-from catalens.settings import EmbedderSettings, EncoderSettings, PictureSettings, Settings
+from catalens.ports import EncodedImage, Encoder, EventConsumer
+from catalens.settings import EmbedderSettings, EncoderSettings, LogSettings, PictureSettings, Settings
 from catalens.telemetry import Metrics
 from catalens_embedder import letters
 from catalens_embedder.worker import Embedder
@@ -47,7 +53,7 @@ class SteppedClock:
     """Stands still until a test moves it; sleeping moves it too."""
 
     def __init__(self) -> None:
-        self.time = 1_800_000_000.0
+        self.time = time.time()  # as the log's
 
     def now(self) -> float:
         return self.time
@@ -115,6 +121,11 @@ class World:
         finally:
             await consumer.close()
 
+    async def buried(self) -> list[int]:
+        """Return where each dead letter stood, in order."""
+        letters = self.engines.log.scan([events.DEAD_LETTERS])
+        return sorted([int(letter.headers["dlq_offset"]) async for letter in letters])
+
     def counted(self, kind: str, outcome: str) -> float:
         """Return the counter of processed events."""
         labels = {"type": kind, "outcome": outcome}
@@ -158,14 +169,22 @@ class Pictures:
 
     def __init__(self) -> None:
         self.status = 200
+        self.colour = "red"
+        self.etag = ""
+        self.sent: list[int] = []
         self.asked = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
 
-    async def answer(self, _request: web.Request) -> web.Response:
+    async def answer(self, request: web.Request) -> web.Response:
         self.asked.set()
         await self.open.wait()
-        return web.Response(body=jpeg(), status=self.status, content_type="image/jpeg")
+        known = bool(self.etag) and request.headers.get("If-None-Match") == self.etag
+        self.sent.append(304 if known else self.status)
+        if known:
+            return web.Response(status=304)
+        headers = {"ETag": self.etag} if self.etag else {}
+        return web.Response(body=jpeg(self.colour), status=self.status, content_type="image/jpeg", headers=headers)
 
 
 @pytest.fixture
@@ -204,6 +223,44 @@ async def test_a_product_answers_by_its_text_while_its_remote_picture_is_fetched
     assert (pending.image_status, set(pending.vectors)) == ("pending", {"text"})
     assert complete is not None
     assert (complete.image_status, set(complete.vectors)) == ("ok", {"image", "text"})
+
+
+async def test_a_remote_picture_is_fetched_again_only_when_it_has_changed(
+    world: World, pictures: tuple[Pictures, str]
+) -> None:
+    hosted, url = pictures
+    hosted.etag = '"1"'
+    seen: list[StoredProduct] = []
+    async with world.worker():
+        for version in (1, 2, 3):
+            if version == 3:
+                hosted.etag, hosted.colour = '"2"', "blue"
+            await world.send(
+                Product(product_id="a", name=f"Thing {version}", version=version, images=(ImageRef(url=url),))
+            )
+            await world.idle()
+            stored = await world.find("a")
+            assert stored is not None
+            seen.append(stored)
+    assert hosted.sent == [200, 304, 200]
+    assert [stored.image_status for stored in seen] == ["ok"] * 3
+    np.testing.assert_array_equal(seen[0].vectors["image"], seen[1].vectors["image"])
+    assert not np.array_equal(seen[1].vectors["image"], seen[2].vectors["image"])
+
+
+async def test_a_remote_picture_whose_vector_was_forgotten_is_fetched(
+    world: World, pictures: tuple[Pictures, str]
+) -> None:
+    hosted, url = pictures
+    hosted.etag = '"1"'
+    await world.engines.cache.remember(url, SeenPicture(url=url, sha256=sha256_hex(jpeg()), etag='"1"'))
+    async with world.worker():
+        await world.send(Product(product_id="a", name="Thing", version=1, images=(ImageRef(url=url),)))
+        await world.idle()
+        stored = await world.find("a")
+    assert stored is not None
+    assert stored.image_status == "ok"
+    assert hosted.sent == [200]
 
 
 async def test_a_picture_that_is_gone_fails_at_once_and_the_product_stays(
@@ -381,12 +438,25 @@ async def test_a_long_queue_is_worked_off_within_bounds(world: World) -> None:
 async def test_a_worker_that_fails_everything_stops(world: World) -> None:
     poison = [Message(events.PRODUCTS, f"default|{number}", b"?", {}) for number in range(150)]
     await world.engines.log.append(poison)
-    with pytest.raises(ExceptionGroup) as failure:
+    with pytest.raises(letters.FailingWorker, match=r"101 of the last 101 events.*dlq list"):
         async with world.worker() as task:
             await asyncio.wait([task])
-    assert failure.group_contains(letters.FailingWorker)
-    letters_kept = await world.dead_letters()
-    assert len(letters_kept) == 100
+    finished = await world.buried()
+    assert 101 <= len(finished) <= 101 + world.settings.embedder.in_flight
+    assert finished == list(range(len(finished)))
+    place = TopicPartition(events.PRODUCTS, 0)
+    assert await world.engines.log.committed(events.EMBEDDER_GROUP, [events.PRODUCTS]) == {place: len(finished)}
+    async with world.worker():  # started again, it skips nothing and does nothing twice
+        await world.idle()
+    assert await world.buried() == list(range(150))
+
+
+async def test_letters_that_fail_again_do_not_stop_the_worker(world: World) -> None:
+    again = [Message(events.RETRIES[0], f"default|{number}", b"?", {}) for number in range(150)]
+    await world.engines.log.append(again)
+    async with world.worker():
+        await world.idle()
+    assert len(await world.buried()) == 150
 
 
 async def test_an_encoder_that_breaks_on_a_remote_picture_costs_that_picture_only(
@@ -527,3 +597,236 @@ async def test_an_unreadable_picture_is_tried_again_without_its_batch(
         await world.idle()
     assert (await world.engines.index.counts("default")).products == 11
     assert world.counted(events.UPSERTED, "retried") == 1
+
+
+# --- engines that are away --------------------------------------------------------------------------------
+
+
+async def test_an_index_that_is_away_for_an_hour_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    upsert, started = world.engines.index.upsert, world.clock.now()
+
+    async def away(documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        if world.clock.now() < started + 3600:
+            raise Transient("connection refused")
+        return await upsert(documents)
+
+    monkeypatch.setattr(world.engines.index, "upsert", away)
+    await world.send(*(Product(product_id=f"p{number}", name="Thing", version=1) for number in range(60)))
+    async with world.worker():
+        await world.idle()
+    assert (await world.engines.index.counts("default")).products == 60
+    assert world.counted(events.UPSERTED, "retried") == 0
+    assert await world.dead_letters() == []
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["paused", "assignment forgot the pause"])
+async def test_a_worker_that_waits_keeps_polling_and_loses_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, forgotten: bool
+) -> None:
+    upsert, subscribe = world.engines.index.upsert, world.engines.log.subscribe
+    polled_while_away = 0
+
+    async def away(documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        if polled_while_away < 5:
+            raise Transient("connection refused")
+        return await upsert(documents)
+
+    async def watched(*arguments: Any, **options: Any) -> EventConsumer:
+        consumer = await subscribe(*arguments, **options)
+        fetch = consumer.fetch
+
+        async def counted(max_records: int, timeout: float) -> Sequence[Record]:
+            nonlocal polled_while_away
+            polled_while_away += max_records == 1
+            return await fetch(max_records, timeout)
+
+        monkeypatch.setattr(consumer, "fetch", counted)
+        if forgotten:
+            monkeypatch.setattr(consumer, "pause", lambda _: None)
+        return consumer
+
+    monkeypatch.setattr(world.engines.index, "upsert", away)
+    monkeypatch.setattr(world.engines.log, "subscribe", watched)
+    monkeypatch.setattr("catalens_embedder.worker._POLL_SECONDS", 0.001)
+    await world.send(*(Product(product_id=f"p{number}", name="Thing", version=1) for number in range(100)))
+    async with world.worker():
+        await world.idle()
+    assert (await world.engines.index.counts("default")).products == 100
+
+
+async def test_an_event_that_the_index_refuses_while_it_takes_others_ends_as_a_dead_letter(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upsert = world.engines.index.upsert
+
+    async def refusing(documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        if any(document.product.product_id == "x" for document in documents):
+            raise Transient("internal error")
+        return await upsert(documents)
+
+    monkeypatch.setattr(world.engines.index, "upsert", refusing)
+    async with world.worker():
+        for attempt in range(4):
+            others = (Product(product_id=f"p{attempt}.{number}", name="Good", version=1) for number in range(10))
+            await world.send(*others)
+            if attempt == 0:
+                await world.send(Product(product_id="x", name="Refused", version=1))
+
+            async def gone(times: int = attempt + 1) -> bool:
+                return world.counted(events.UPSERTED, "retried") + world.counted(events.UPSERTED, "dead") == times
+
+            await until(gone)
+            world.clock.time += 601
+        await world.idle()
+    (letter,) = await world.dead_letters()
+    assert (letter.headers["dlq_reason"], letter.headers["dlq_attempts"]) == ("engine_refuses", "4")
+    assert letter.headers["dlq_topic"] == events.PRODUCTS
+    assert (await world.engines.index.counts("default")).products == 40
+
+
+async def test_events_that_the_index_refuses_do_not_hold_up_their_batch(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upsert = world.engines.index.upsert
+
+    async def refusing(documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        if any(document.product.product_id.startswith("x") for document in documents):
+            raise Transient("internal error")
+        return await upsert(documents)
+
+    monkeypatch.setattr(world.engines.index, "upsert", refusing)
+    ids = ["x1", *(f"p{number}" for number in range(10)), "x2"]  # nothing else comes that could tell
+    await world.send(*(Product(product_id=one, name="Thing", version=1) for one in ids))
+    async with world.worker():
+
+        async def told_apart() -> bool:
+            return world.counted(events.UPSERTED, "retried") == 2
+
+        await until(told_apart)
+        assert (await world.engines.index.counts("default")).products == 10
+        monkeypatch.setattr(world.engines.index, "upsert", upsert)
+        world.clock.time += 11
+        await world.idle()
+    assert (await world.engines.index.counts("default")).products == 12
+    assert await world.dead_letters() == []
+
+
+async def test_a_model_that_is_away_fails_no_picture(
+    world: World, pictures: tuple[Pictures, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, times = world.encoder.embed_image, count(1)
+
+    async def away(picture: bytes, *, bulk: bool = False) -> EncodedImage:
+        if next(times) <= 300:
+            raise Transient("the model process is being started again")
+        return await embed(picture, bulk=bulk)
+
+    monkeypatch.setattr(world.encoder, "embed_image", away)
+    async with world.worker():
+        await world.send(Product(product_id="a", name="Red thing", version=1, images=(ImageRef(url=pictures[1]),)))
+        await world.idle()
+        stored = await world.find("a")
+    assert stored is not None
+    assert stored.image_status == "ok"
+    assert world.counted(events.UPSERTED, "retried") == 0
+
+
+async def test_a_worker_that_waits_can_be_stopped_and_goes_on_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def away(documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        asked.set()
+        raise Transient("connection refused")
+
+    async def no_flush() -> None:
+        raise Transient("connection refused")
+
+    world.settings = world.settings.model_copy(
+        update={"embedder": world.settings.embedder.model_copy(update={"drain_deadline": 0.05})}
+    )
+    await world.send(Deletion(product_id="b", version=1), Product(product_id="a", name="A", version=1))
+    with monkeypatch.context() as outage:
+        outage.setattr(world.engines.index, "upsert", away)
+        outage.setattr(world.engines.index, "flush", no_flush)
+        async with world.worker():
+            await asked.wait()
+    assert await world.find("a") is None
+    async with world.worker():
+        await world.idle()
+    assert await world.find("a") is not None
+    assert await world.dead_letters() == []
+
+
+# --- what comes back too late (docs/adr/0008) -------------------------------------------------------------
+
+
+async def test_a_retry_that_is_late_brings_no_deleted_product_back(
+    world: World, pictures: tuple[Pictures, str]
+) -> None:
+    hosted, url = pictures
+    hosted.status = 503
+    async with world.worker():
+        await world.send(Product(product_id="a", name="Red thing", version=1, images=(ImageRef(url=url),)))
+
+        async def retried() -> bool:
+            return world.counted(events.UPSERTED, "retried") == 1
+
+        await until(retried)
+        await world.send(Deletion(product_id="a", version=2))
+
+        async def deleted() -> bool:
+            return world.counted(events.DELETED, "applied") == 1
+
+        await until(deleted)
+    hosted.status = 200
+    days = 86_400.0
+    world.clock.time += (world.settings.embedder.tombstone_days + 1) * days  # nobody worked for so long
+    older = world.clock.now() - world.settings.embedder.tombstone_days * days
+    assert await world.engines.index.collect_tombstones(older) == 1
+    async with world.worker():
+        await world.idle()
+    assert await world.find("a") is None
+    (letter,) = await world.dead_letters()
+    assert letter.headers["dlq_reason"] == "expired"
+    assert letter.headers["dlq_topic"] == events.PRODUCTS
+
+
+async def test_a_wait_for_the_index_may_last_until_the_event_has_expired(
+    world: World, pictures: tuple[Pictures, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosted, url = pictures
+    hosted.status = 503
+    upsert, now = world.engines.index.upsert, world.clock.now()
+    product = Product(product_id="a", name="Red thing", version=1, images=(ImageRef(url=url),))
+    again = letters.retry(
+        events.new_event(product, "default"), Record(events.PRODUCTS, 0, 0, "default|a", b"", {}, now), now, "slow"
+    )
+    assert again is not None
+
+    async def away(documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        world.clock.time += 2 * 86_400.0
+        raise Transient("connection refused")
+
+    monkeypatch.setattr(world.engines.index, "upsert", away)
+    world.clock.time += 11.0
+    await world.engines.log.append([again])
+    async with world.worker():
+        await world.idle()
+    monkeypatch.setattr(world.engines.index, "upsert", upsert)
+    assert [letter.headers["dlq_reason"] for letter in await world.dead_letters()] == ["expired"]
+
+
+async def test_a_long_lag_expires_nothing(world: World) -> None:
+    await world.send(Product(product_id="a", name="A", version=1))
+    world.clock.time += 100 * 86_400.0
+    async with world.worker():
+        await world.idle()
+    assert await world.find("a") is not None
+
+
+def test_tombstones_must_outlive_replays_by_a_week() -> None:
+    with pytest.raises(ValidationError, match=r"7 above log\.dead_letter_days"):
+        Settings(_env_file=None, log=LogSettings(dead_letter_days=24))
+    Settings(_env_file=None, log=LogSettings(dead_letter_days=23))

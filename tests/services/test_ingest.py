@@ -50,6 +50,11 @@ class FailingLog:
         self.append_now = real.append
         self.subscribe = real.subscribe
         self.expire = real.expire
+        self.scan = real.scan
+        self.discard = real.discard
+        self.committed = real.committed
+        self.set_committed = real.set_committed
+        self.members = real.members
         self.lag = real.lag
         self.close = real.close
 
@@ -117,7 +122,7 @@ async def opened(folder: Path, **given: Any) -> AsyncIterator[Shop]:
         blobs=blobs,
         images=images,
         memory=memory,
-        bundle=BundleInfo("starter", 64),
+        bundle=lambda: BundleInfo("starter", 64),
         settings=settings,
         metrics=metrics,
     )

@@ -52,12 +52,13 @@ def test_filters_that_make_no_sense(arguments: list[str], said: str) -> None:
 def test_the_page_names_every_command_and_option() -> None:
     page = PAGE.read_text(encoding="utf-8")
     group = typer.main.get_group(app)
-    assert len(group.commands) == 5
+    assert len(group.commands) == 9
     for name, command in group.commands.items():
         _, _, section = page.partition(f"\n## `catalens {name}")
         assert section, name
         section = section.split("\n## ")[0]
-        for parameter in command.params:
+        below = command.commands.values() if isinstance(command, typer.core.TyperGroup) else ()
+        for parameter in [*command.params, *(one for each in below for one in each.params)]:
             for option in parameter.opts:
                 if option.startswith("--") and option != "--help":
                     assert f"`{option}" in section, f"{name} {option}"

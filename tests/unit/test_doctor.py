@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from catalens.errors import Misconfigured
-from catalens.settings import HttpSettings, Settings
+from catalens.settings import HttpSettings, Settings, load_settings
 from catalens_standalone import doctor
 from catalens_standalone.client import local_url, service_key, service_url
-from catalens_standalone.doctor import Check, access, data_folder, examine, load_settings, port, unknown_variables
+from catalens_standalone.doctor import Check, access, data_folder, examine, port, unknown_variables
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalens.domain import Condition, Filter, Product, Range, point_id
-from catalens.engines.edge import _number_key, _terms, plain_filter
+from catalens.engines.points import number_key, plain_filter, terms_of
 
 SCALAR = st.one_of(
     st.booleans(),
@@ -56,15 +56,15 @@ def test_an_attribute_matches_exactly_the_equal_value_of_the_same_type(
     product = Product(product_id="p", name="n", attributes={name: stored})
     (((_, key, terms),),) = plain_filter("shop", Filter((Condition(f"attributes.{name}", (asked,)),)))[0]
     assert key == "terms"
-    assert (terms[0] in _terms(product)) == (stored == asked and kind(stored) == kind(asked))
+    assert (terms[0] in terms_of(product)) == (stored == asked and kind(stored) == kind(asked))
 
 
 @given(name=st.text(min_size=1, max_size=128))
 def test_a_number_key_is_safe_in_a_path(name: str) -> None:
-    assert _number_key(name).isalnum()
-    assert len(_number_key(name)) == 17
+    assert number_key(name).isalnum()
+    assert len(number_key(name)) == 17
 
 
 def test_an_attribute_cannot_pose_as_a_field() -> None:
     product = Product(product_id="p", name="n", attributes={"brand": "Acme", "x": '","brand'})
-    assert [json.loads(term)[0] for term in _terms(product)] == ["attributes.brand", "attributes.x"]
+    assert [json.loads(term)[0] for term in terms_of(product)] == ["attributes.brand", "attributes.x"]

@@ -54,7 +54,46 @@ def test_a_dead_letter_keeps_the_bytes_and_says_where_they_came_from() -> None:
         "dlq_partition": "2",
         "dlq_offset": "41",
         "dlq_attempts": "3",
+        "dlq_first": "0.0",
     }
+
+
+def test_the_first_arrival_goes_along_with_retries_and_dead_letter() -> None:
+    record = stored(events.encode(event()), 7, timestamp=1000.25)
+    for now in (2000.0, 3000.0):
+        again = letters.retry(event(), record, now, "host is slow")
+        assert again is not None
+        record = stored(again, 0, timestamp=now)
+        assert events.first_arrival(record) == 1000.25
+    assert letters.postponed(event(), record, 4000.0).headers["retry_first"] == "1000.25"
+    assert letters.dead_letter(record, "x", "x").headers["dlq_first"] == "1000.25"
+
+
+@pytest.mark.parametrize("told", ["", "soon", "nan", "-1", "1e999", "2000"])
+def test_a_first_arrival_that_cannot_be_is_the_records_own_time(told: str) -> None:
+    record = Record("catalog.products", 0, 0, "k", b"", {"retry_first": told}, 1000.0)
+    assert events.first_arrival(record) == 1000.0
+
+
+def test_a_version_that_was_left_out_is_the_same_when_the_event_comes_back() -> None:
+    headers = {"ce_type": events.UPSERTED}
+    first = Record("catalog.products", 0, 5, "default|a", b'{"product_id": "a", "name": "A"}', headers, 1000.123457)
+    back = Record("catalog.retry.10s", 0, 0, first.key, first.value, {**headers, "retry_first": "1000.123457"}, 9000.0)
+    assert events.decode(first).data == events.decode(back).data
+
+
+def test_only_what_came_back_expires() -> None:
+    late = Record("catalog.products", 0, 0, "k", b"", {}, 1000.0)
+    again = letters.retry(event(), late, 2000.0, "x")
+    assert again is not None
+    days = 86_400.0
+    letters.refuse_if_expired(late, 1000.0 + 99 * days, 21)
+    letters.refuse_if_expired(stored(again, 0, timestamp=2000.0), 1000.0 + 21 * days, 21)
+    with pytest.raises(letters.Expired, match=r"21\.5 days ago, 21 are allowed"):
+        letters.refuse_if_expired(stored(again, 0, timestamp=2000.0), 1000.0 + 21.5 * days, 21)
+    unmarked = Record("catalog.retry.10s", 0, 0, "k", b"", {}, 1000.0)  # written by a release that kept no first time
+    with pytest.raises(letters.Expired):
+        letters.refuse_if_expired(unmarked, 1000.0 + 22 * days, 21)
 
 
 def test_the_limit_counts_a_share_of_the_recent_events() -> None:

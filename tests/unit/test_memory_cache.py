@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from catalens.domain import SeenPicture
 from catalens.engines.memory import MemoryCache
 
 KEY = st.sampled_from("abcdef")
@@ -28,6 +29,13 @@ async def test_it_holds_the_last_used_and_nothing_else(room: int, calls: list[tu
             last_used = [other for other in last_used if other != key] + [key]
         last_used = last_used[-room:] if room else []
         assert cache.stats()["entries"] == len(last_used)
+
+
+async def test_pictures_seen_are_bounded_too() -> None:
+    cache = MemoryCache(2)
+    for name in ("a", "b", "a", "c"):
+        await cache.remember(name, SeenPicture(url=name, sha256="0" * 64, etag="1"))
+    assert [await cache.recall(name) is not None for name in ("a", "b", "c")] == [True, False, True]
 
 
 async def test_vectors_are_kept_as_float32() -> None:

@@ -55,3 +55,14 @@ def test_a_dropped_partition_is_forgotten() -> None:
     assert tracker.idle([PLACE])
     assert PLACE not in tracker.committable()
     assert tracker.in_flight == 1
+
+
+def test_a_partition_that_is_read_again_from_further_back_is_begun_anew() -> None:
+    tracker = OffsetTracker()
+    for offset in (164, 165):  # read ahead of a rebalance that took the partition away and gave it back
+        tracker.take(record(offset))
+    tracker.take(record(100))
+    tracker.done(record(164))
+    assert tracker.committable() == {PLACE: 100}, "what was read ahead hides what is open further back"
+    tracker.done(record(100))
+    assert tracker.committable() == {PLACE: 101}

@@ -14,11 +14,15 @@ from catalens.events import ProductEvent
 _DELAYS: Final = {"catalog.retry.10s": 10.0, "catalog.retry.1m": 60.0, "catalog.retry.10m": 600.0}
 ATTEMPT: Final = "retry_attempt"
 DUE: Final = "retry_due"
-_ORIGIN: Final = ("retry_topic", "retry_partition", "retry_offset")
+_DAY: Final = 86_400.0
 
 
 class FailingWorker(CatalensError):
     """So many events end as dead letters that the fault is the worker's: it stops."""
+
+
+class Expired(CatalensError):
+    """The event came back so late that the deletion it may precede need not be remembered any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ def origin(record: Record) -> Origin:
     headers = record.headers
     topic, partition, offset = (
         headers.get(name, str(own))
-        for name, own in zip(_ORIGIN, (record.topic, record.partition, record.offset), strict=True)
+        for name, own in zip(events.ORIGIN, (record.topic, record.partition, record.offset), strict=True)
     )
     attempts = headers.get(ATTEMPT, "0")
     return Origin(topic, partition, offset, int(attempts) if attempts.isdecimal() else 0)
@@ -52,29 +56,41 @@ def due(record: Record) -> float:
         return 0.0
 
 
+def refuse_if_expired(record: Record, now: float, days: float) -> None:
+    """Raise Expired for a record that came back and first arrived more than `days` days before `now`.
+
+    What waits in the main topics never expires: there the deletion is still behind it (docs/adr/0008).
+    """
+    came_back = events.FIRST_ARRIVAL in record.headers or record.topic in _DELAYS
+    age = (now - events.first_arrival(record)) / _DAY
+    if came_back and age > days:
+        raise Expired(f"it first arrived {age:.1f} days ago, {days:g} are allowed: send the product's current state")
+
+
 def retry(event: ProductEvent, record: Record, now: float, error: str) -> Message | None:
     """Return the record's next stop: the first, second, third retry topic; None when all were used up."""
     came = origin(record)
     if came.attempts >= len(events.RETRIES):
         return None
     topic = events.RETRIES[came.attempts]
-    message = _onward(event, came, topic, attempts=came.attempts + 1, due=now + _DELAYS[topic])
+    message = _onward(event, record, topic, attempts=came.attempts + 1, due=now + _DELAYS[topic])
     return replace(message, headers={**message.headers, "retry_error": error[:500]})
 
 
 def postponed(event: ProductEvent, record: Record, now: float) -> Message:
     """Return the record as the next one of the first retry topic, due at once: it was not its turn, which is no try."""
-    came = origin(record)
-    return _onward(event, came, events.RETRIES[0], attempts=came.attempts, due=now)
+    return _onward(event, record, events.RETRIES[0], attempts=origin(record).attempts, due=now)
 
 
-def _onward(event: ProductEvent, came: Origin, topic: str, *, attempts: int, due: float) -> Message:
+def _onward(event: ProductEvent, record: Record, topic: str, *, attempts: int, due: float) -> Message:
+    came, first = origin(record), events.first_arrival(record)
     message = events.encode(event)  # with its versions, which a foreign event may not have stated
     headers = {
         **message.headers,
         ATTEMPT: str(attempts),
         DUE: f"{due:.3f}",
-        **dict(zip(_ORIGIN, (came.topic, came.partition, came.offset), strict=True)),
+        events.FIRST_ARRIVAL: str(first),
+        **dict(zip(events.ORIGIN, (came.topic, came.partition, came.offset), strict=True)),
     }
     return replace(message, topic=topic, headers=headers)
 
@@ -90,6 +106,7 @@ def dead_letter(record: Record, reason: str, error: str) -> Message:
         "dlq_partition": came.partition,
         "dlq_offset": came.offset,
         "dlq_attempts": str(came.attempts + 1),
+        "dlq_first": str(events.first_arrival(record)),
     }
     return Message(topic=events.DEAD_LETTERS, key=record.key, value=record.value, headers=headers)
 
@@ -101,11 +118,18 @@ class DeadLetterLimit:
         self._recent: deque[bool] = deque(maxlen=window)
         self._most = share * window
 
+    @property
+    def left(self) -> int:
+        """How many of the next events may become dead letters."""
+        return int(self._most) - sum(self._recent)
+
     def note(self, *, dead: bool) -> None:
         """Count one finished event; raises FailingWorker beyond the limit."""
         self._recent.append(dead)
         failed = sum(self._recent) if dead else 0
         if failed > self._most:
             raise FailingWorker(
-                f"{failed} of the last {len(self._recent)} events became dead letters: the worker stops"
+                f"{failed} of the last {len(self._recent)} events became dead letters: the worker stops. "
+                "`catalens dlq list` tells why. Mend the cause and start it again, it goes on behind the last of them; "
+                "then `catalens dlq replay --all` brings them back. CATALENS_EMBEDDER__DEAD_LETTER_LIMIT=1 never stops"
             )

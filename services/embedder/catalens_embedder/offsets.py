@@ -22,7 +22,9 @@ class OffsetTracker:
         return sum(not done for records in self._open.values() for done in records.values())
 
     def take(self, record: Record) -> None:
-        """Note that work on `record` begins."""
+        """Note that work on `record` begins; one that goes back (read again) begins its partition anew."""
+        if record.offset < self._next.get(record.source, 0):
+            self.drop([record.source])
         self._open.setdefault(record.source, OrderedDict())[record.offset] = False
         self._next[record.source] = record.offset + 1
 

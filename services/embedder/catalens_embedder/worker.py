@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import structlog
 
-from catalens import events, lexical
+from catalens import events, lexical, tracing
 from catalens.domain import (
     Deletion,
     ImageRef,
@@ -32,6 +33,7 @@ from catalens.domain import (
 from catalens.embedding import CachedEncoder, Compute
 from catalens.errors import CatalensError, ForbiddenUrl, InvalidEvent, InvalidPicture, NotFound, StorageFull, Transient
 from catalens.events import Outcome, ProductEvent
+from catalens.measured import MeasuredImages
 from catalens.ports import (
     BlobStore,
     Clock,
@@ -44,7 +46,7 @@ from catalens.ports import (
 )
 from catalens.retry import RetryPolicy, with_retries
 from catalens.settings import Settings
-from catalens.telemetry import Metrics
+from catalens.telemetry import Metrics, stage
 from catalens_embedder import letters
 from catalens_embedder.offsets import OffsetTracker
 
@@ -60,10 +62,21 @@ _OFFER_FIELDS = frozenset({"price", "currency", "stock"})
 
 _POLL_SECONDS = 1.0
 _COMMIT_SECONDS = 1.0  # at most one commit in this time: each makes the index write to disk first
+_LAG_SECONDS = 5.0
+_STAGES = {"index reads": "index_read", "index writes": "index_write"}
+_NO_BLOB = "0" * 64
 _BATCHES_AT_ONCE = 2  # while one batch is being written the next one is in the encoder
 
 
-@dataclass(slots=True)
+class EngineAway(Transient):
+    """`engine` did not answer, which says nothing about the event."""
+
+    def __init__(self, engine: str, error: Transient) -> None:
+        super().__init__(str(error), retry_after=error.retry_after)
+        self.engine = engine
+
+
+@dataclass(slots=True, eq=False)
 class _Job:
     """One event in work."""
 
@@ -73,6 +86,8 @@ class _Job:
     """By reference or URL."""
     picture_error: str | None = None
     """Why a picture failed, or all of them if `pictures` is empty."""
+    text_key: str = ""
+    """Of the text's vector, once that was asked for."""
 
     @property
     def product(self) -> Product:
@@ -97,56 +112,86 @@ class Embedder:
         settings: Settings,
         metrics: Metrics,
         clock: Clock,
+        *,
+        group: str = events.EMBEDDER_GROUP,
+        reports: bool = True,
     ) -> None:
+        """Work in `group`; without `reports` another group tells the world what becomes of the same events."""
         self._log = log
+        self._group = group
+        self._reports = reports
         self._index = index
         self._encoder = CachedEncoder(encoder, cache, metrics)
         self._blobs = blobs
-        self._images = images
+        self._images = MeasuredImages(images, metrics)
         self._settings = settings.embedder
         self._metrics = metrics
         self._clock = clock
+        self._expiry_days = settings.log.dead_letter_days
         self._policy = RetryPolicy(settings.embedder.engine_attempts)
+        self._answers: Counter[str] = Counter()
         self._limit = letters.DeadLetterLimit(settings.embedder.dead_letter_limit)
+        self._failing: letters.FailingWorker | None = None
+        self._halt = asyncio.Event()
         self._offsets = OffsetTracker()
         self._to_commit = asyncio.Event()
         self._finished = asyncio.Event()
-        self._slots = asyncio.Semaphore(_BATCHES_AT_ONCE)
+        self._batches = 0
         self._working: set[asyncio.Task[None]] = set()
         # Half of what may be in work: beyond, remote pictures wait in a retry topic and hold up no text.
         self._most_fetches = max(1, settings.embedder.in_flight // 2)
         self._fetches = 0
         self._held: set[TopicPartition] = set()
+        self._allowed: Callable[[], Awaitable[bool]] | None = None
+        self._cleared = False
         self._not_due: dict[TopicPartition, float] = {}
+        metrics.in_flight.set_function(lambda: self._offsets.in_flight)
+        metrics.dead_letters_left.set_function(lambda: self._limit.left)
+        metrics.paused.labels("not_due").set_function(lambda: len(self._not_due))
+        metrics.paused.labels("pictures").set_function(lambda: len(self._held))
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: asyncio.Event, allowed: Callable[[], Awaitable[bool]] | None = None) -> None:
         """Work until `stop` is set, then finish what is in flight, commit and leave the group.
 
-        Raises FailingWorker when too much ends as dead letters.
+        `allowed` is asked each time that the group has dealt partitions, before their records count; if it says no,
+        the worker leaves at once.
+        Raises FailingWorker when too much ends as dead letters; what is finished by then is committed.
         """
-        consumer = await self._log.subscribe(events.EMBEDDER_GROUP, events.CONSUMED, on_revoke=self._revoked)
+        self._allowed = allowed
+        consumer = await self._log.subscribe(self._group, events.CONSUMED, on_revoke=self._revoked)
         self._consumer = consumer
         try:
             async with asyncio.TaskGroup() as tasks:
                 committer = tasks.create_task(self._commit_loop(consumer), name="embedder.commit")
+                watcher = tasks.create_task(self._tell_lag(), name="embedder.lag")
                 await self._poll_loop(consumer, stop, tasks)
                 await self._drain(consumer.assignment())
                 committer.cancel()
+                watcher.cancel()
                 for late in self._working:
                     late.cancel()  # it is not committed, so it is read again
-            await self._commit(consumer)
+            await self._commit_last(consumer)
         finally:
             await consumer.close()
+        if self._failing is not None:
+            raise self._failing
+
+    async def apply(self, records: Sequence[Record]) -> None:
+        """Process records that come from no group to their end, remote pictures included; raises FailingWorker."""
+        async with asyncio.TaskGroup() as tasks:
+            await self._attempt(records, tasks)
+        if self._failing is not None:
+            raise self._failing
 
     # --- taking records -----------------------------------------------------------------------------------
 
     async def _poll_loop(self, consumer: EventConsumer, stop: asyncio.Event, tasks: asyncio.TaskGroup) -> None:
-        stopping = asyncio.create_task(stop.wait(), name="embedder.stop")
+        stopping = asyncio.create_task(self._stopping(stop), name="embedder.stop")
         stopping.add_done_callback(lambda _: self._finished.set())
         try:
-            while not stop.is_set():
-                if self._offsets.in_flight >= self._settings.in_flight:
-                    await self._wait_for_room(consumer, stop)
+            while not stopping.done():
+                if self._full():
+                    await self._wait_for_room(consumer, stopping)
                     continue
                 self._resume_due(consumer)
                 fetch = asyncio.create_task(
@@ -158,32 +203,59 @@ class Embedder:
                     await asyncio.wait([fetch])
                     return
                 try:
-                    taken = self._take(consumer, fetch.result())
+                    records = fetch.result()
+                    if records and self._allowed is not None and not self._cleared:
+                        self._cleared = True  # before the question: a rebalance meanwhile asks it again
+                        if not await self._allowed():
+                            return
+                        records = [record for record in records if record.source in consumer.assignment()]
+                    taken = self._take(consumer, records)
                 except Transient as error:  # for as long as the log is away: nothing was taken
                     log.warning("embedder.fetch_failed", error=str(error))
                     await self._clock.sleep(error.retry_after)
                     continue
                 if taken:
-                    await self._slots.acquire()
+                    self._batches += 1
                     self._spawn(tasks, self._work(taken, tasks), "embedder.batch")
         finally:
             stopping.cancel()
+
+    async def _stopping(self, stop: asyncio.Event) -> None:
+        """Return when `stop` is set or too much has failed."""
+        waits = [asyncio.create_task(event.wait(), name="embedder.stop") for event in (stop, self._halt)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def _spawn(self, tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None], name: str) -> None:
         task = tasks.create_task(work, name=name)
         self._working.add(task)
         task.add_done_callback(self._working.discard)
 
-    async def _wait_for_room(self, consumer: EventConsumer, stop: asyncio.Event) -> None:
+    def _full(self) -> bool:
+        return self._batches >= _BATCHES_AT_ONCE or self._offsets.in_flight >= self._settings.in_flight
+
+    async def _wait_for_room(self, consumer: EventConsumer, stopping: asyncio.Task[None]) -> None:
         """Wait with every partition paused; the empty fetch is the poll that keeps a Kafka group membership."""
         consumer.pause(consumer.assignment())
+        self._metrics.paused.labels("full").set(len(consumer.assignment()))
         try:
             async with asyncio.timeout(_POLL_SECONDS * 5):
-                while self._offsets.in_flight >= self._settings.in_flight and not stop.is_set():
+                while self._full() and not stopping.done():
                     await self._next_finished()
         except TimeoutError:
-            await consumer.fetch(1, 0.0)
+            await self._keep_membership(consumer)
         consumer.resume(consumer.assignment() - self._not_due.keys() - self._held)
+        self._metrics.paused.labels("full").set(0)
+
+    async def _keep_membership(self, consumer: EventConsumer) -> None:
+        try:
+            for early in await consumer.fetch(1, 0.0):  # of a partition that was assigned after the pause
+                consumer.rewind(early)
+        except Transient as error:
+            log.warning("embedder.fetch_failed", error=str(error))
 
     def _poll_timeout(self) -> float:
         soonest = min(self._not_due.values(), default=float("inf"))
@@ -253,10 +325,29 @@ class Embedder:
         owned = consumer.assignment()
         offsets = {place: offset for place, offset in self._offsets.committable().items() if place in owned}
         if offsets:
-            # What is committed is not read again, so the index must not lose it even to a power cut.
-            await with_retries(self._index.flush, self._policy, self._clock, what="flush")
-            await with_retries(lambda: consumer.commit(offsets), self._policy, self._clock, what="commit")
+            with self._metrics.stages.labels("commit").time():
+                # What is committed is not read again, so the index must not lose it even to a power cut.
+                await with_retries(self._index.flush, self._policy, self._clock, what="flush")
+                await with_retries(lambda: consumer.commit(offsets), self._policy, self._clock, what="commit")
             self._offsets.committed(offsets)
+
+    async def _tell_lag(self) -> None:
+        """Set the gauge of the group's lag every few seconds; while the log is away the last one stands."""
+        while True:
+            try:
+                lag = await self._log.lag(self._group, events.CONSUMED)
+                for place, records in lag.items():
+                    self._metrics.lag.labels(place.topic, str(place.partition)).set(records)
+            except Exception as error:  # noqa: BLE001  # a gauge must not stop the worker; asked again in a moment
+                log.warning("embedder.lag_unknown", error=f"{type(error).__name__}: {error}")
+            await asyncio.sleep(_LAG_SECONDS)  # not the worker's clock: nothing that it does waits for this
+
+    async def _commit_last(self, consumer: EventConsumer) -> None:
+        """Commit before partitions go; what cannot be committed is read again, which does no harm."""
+        try:
+            await self._commit(consumer)
+        except Transient as error:
+            log.warning("embedder.commit_failed", error=str(error))
 
     async def _drain(self, partitions: Collection[TopicPartition]) -> None:
         """Wait until nothing of `partitions` is in work, at most the drain deadline."""
@@ -268,8 +359,10 @@ class Embedder:
             log.warning("drain.incomplete", in_flight=self._offsets.in_flight)
 
     async def _revoked(self, partitions: Collection[TopicPartition]) -> None:
+        self._metrics.rebalances.inc()
+        self._cleared = False
         await self._drain(partitions)
-        await self._commit(self._consumer)
+        await self._commit_last(self._consumer)
         self._offsets.drop(partitions)
         for partition in partitions:
             self._not_due.pop(partition, None)
@@ -278,76 +371,150 @@ class Embedder:
     # --- the work on a batch ------------------------------------------------------------------------------
 
     async def _work(self, records: Sequence[Record], tasks: asyncio.TaskGroup) -> None:
+        self._metrics.batch_size.observe(len(records))
         try:
-            await self._attempt(records, tasks)
+            with _followed("process", records), self._metrics.stages.labels("batch").time():
+                await self._attempt(records, tasks)
         finally:
-            self._slots.release()
+            self._batches -= 1
+            self._finished.set()
 
     async def _attempt(self, records: Sequence[Record], tasks: asyncio.TaskGroup) -> None:
-        """Process a batch; one that fails is halved until the culprit stands alone. All writes are repeatable."""
+        """Process a batch to its end, however long an engine is away. All writes are repeatable."""
+        left = await self._round(records, tasks, self._answers.copy())
+        while left:
+            # Other batches may go on meanwhile, up to what may be in flight: if one of them gets an answer, the fault
+            # is not the engine's.
+            self._batches -= 1
+            self._finished.set()
+            try:
+                await self._clock.sleep(self._policy.longest)
+            finally:
+                self._batches += 1
+            left = await self._round(left, tasks, self._answers.copy())
+
+    async def _round(self, records: Sequence[Record], tasks: asyncio.TaskGroup, before: Counter[str]) -> list[Record]:
+        """Process a batch; one that fails is halved until the culprit stands alone.
+
+        An engine that has answered nobody since `before` is away: what is left then is returned, for another round,
+        with the record that was tried last at its end, so that the others get their turn.
+        """
         try:
-            remote = await self._persist(lambda: self._process(records), "batch")
-        except (letters.FailingWorker, asyncio.CancelledError):
-            raise
-        except Exception as error:  # the boundary: what nobody foresaw becomes a dead letter with its reason
+            remote = await with_retries(lambda: self._process(records), self._policy, self._clock, what="batch")
+        except StorageFull:
+            return list(records)
+        except Exception as error:  # noqa: BLE001  # the boundary: what nobody foresaw becomes a dead letter
             if len(records) > 1:
                 middle = len(records) // 2
-                await self._attempt(records[:middle], tasks)
-                await self._attempt(records[middle:], tasks)
-            elif isinstance(error, Transient):
-                await self._retry_later(records[0], "engine_unavailable", str(error))
-            elif isinstance(error, InvalidEvent):
-                await self._bury(records[0], "invalid_event", str(error))
-            else:
-                log.exception("event.failed", topic=records[0].topic, offset=records[0].offset)
-                await self._bury(records[0], "internal_error", f"{type(error).__name__}: {error}")
-            return
+                left = await self._round(records[:middle], tasks, before)
+                return [*records[middle:], *left] if left else await self._round(records[middle:], tasks, before)
+            if isinstance(error, EngineAway) and await self._away(error, before):
+                return [records[0]]
+            await self._give_up(records[0], error)
+            return []
         room = max(0, self._most_fetches - self._fetches)
         for job in remote[:room]:
             self._fetches += 1
             self._spawn(tasks, self._fetch(job), "embedder.pictures")
         if later := remote[room:]:
             await self._append(*(letters.postponed(job.event, job.record, self._clock.now()) for job in later))
+            self._metrics.retries.labels("no_room").inc(len(later))
             for job in later:
                 self._finish(job.record)
+        return []
+
+    async def _give_up(self, record: Record, error: Exception) -> None:
+        """Send a record that is itself at fault where it belongs."""
+        if isinstance(error, Transient):
+            await self._retry_later(record, "engine_refuses", str(error))
+        elif isinstance(error, InvalidEvent):
+            await self._bury(record, "invalid_event", str(error))
+        else:
+            log.error("event.failed", topic=record.topic, offset=record.offset, exc_info=error, **_ids(record))
+            await self._bury(record, "internal_error", f"{type(error).__name__}: {error}")
+
+    async def _away(self, error: EngineAway, before: Counter[str]) -> bool:
+        """Return whether the engine answers nobody, so that no event is to blame."""
+        if self._answers[error.engine] > before[error.engine]:
+            return False
+        if error.engine == "blob reads" and await self._blobs_answer():
+            return False
+        log.warning("engine.away", engine=error.engine, in_flight=self._offsets.in_flight, error=str(error))
+        return True
+
+    async def _blobs_answer(self) -> bool:
+        """Ask for a blob that cannot be: a catalogue without other pictures gives no other sign."""
+        try:
+            await self._blobs.get(_NO_BLOB)
+        except NotFound:
+            return True
+        except Transient:
+            return False
+        return True
+
+    async def _ask(self, engine: str, answer: Awaitable[R]) -> R:
+        """Return the engine's answer and remember that it gives some; raises EngineAway if it does not answer."""
+        timed = stage(self._metrics.stages, _STAGES[engine]) if engine in _STAGES else nullcontext()
+        try:
+            with timed:
+                found = await answer
+        except StorageFull:
+            raise
+        except Transient as error:
+            raise EngineAway(engine, error) from error
+        self._answers[engine] += 1
+        return found
 
     async def _persist(self, call: Callable[[], Awaitable[R]], what: str) -> R:
-        """Return what `call` returns, tried as often as set, but on a full disk until there is room.
+        """Return what `call` returns for one event, waiting while an engine is away or a disk full.
 
-        The events are not to blame for that, and no retry topic and no dead letter could be written either.
+        Raises EngineAway after a round of tries if that engine answers others: the fault is this event's.
         """
         while True:
+            before = self._answers.copy()
             try:
                 return await with_retries(call, self._policy, self._clock, what=what)
             except StorageFull as error:
-                await self._clock.sleep(error.retry_after)
+                log.warning("engine.away", engine=what, in_flight=self._offsets.in_flight, error=str(error))
+            except EngineAway as error:
+                if not await self._away(error, before):
+                    raise
+            await self._clock.sleep(self._policy.longest)
 
     async def _process(self, records: Sequence[Record]) -> list[_Job]:
         """Write what can be written now and finish it; return the products whose remote pictures are still to come."""
         upserts: list[_Job] = []
         offers: list[_Job] = []
         deletions: list[_Job] = []
-        buried: list[tuple[Record, InvalidEvent]] = []
+        buried: list[tuple[Record, str, str]] = []
+        now = self._clock.now()  # of this very try: the one before may have been long ago
         for record in records:
             try:
+                # Without reports, what the main topics hold was taken when it came, however late it is read here.
+                read = now if self._reports or record.topic in events.RETRIES else record.timestamp
+                letters.refuse_if_expired(record, read, self._expiry_days)
                 job = _Job(record, events.decode(record))
+            except letters.Expired as error:
+                buried.append((record, "expired", str(error)))
+                continue
             except InvalidEvent as error:
-                buried.append((record, error))
+                buried.append((record, "invalid_event", str(error)))
                 continue
             data = job.event.data
             group = upserts if isinstance(data, Product) else offers if isinstance(data, OfferChange) else deletions
             group.append(job)
         remote = await self._upsert(upserts)
         if offers:
-            written = await self._index.update_offers(
-                [OfferUpdate(j.event.tenant, _as(OfferChange, j.event)) for j in offers]
-            )
-            await self._applied(offers, written)
+            changes = [OfferUpdate(j.event.tenant, _as(OfferChange, j.event)) for j in offers]
+            await self._applied(offers, await self._ask("index writes", self._index.update_offers(changes)))
         if deletions:
             gone = [TombstoneWrite(j.event.tenant, _as(Deletion, j.event)) for j in deletions]
-            await self._applied(deletions, await self._index.delete(gone))
-        for record, invalid in buried:
-            await self._bury(record, "invalid_event", str(invalid))
+            await self._applied(deletions, await self._ask("index writes", self._index.delete(gone)))
+        for record, reason, told in buried:
+            if self._reports:
+                await self._bury(record, reason, told)
+            else:  # it reads the same for the other group, which buries it
+                self._finish(record)
         return remote
 
     async def _upsert(self, jobs: Sequence[_Job]) -> list[_Job]:
@@ -357,9 +524,10 @@ class Embedder:
             return []
         for job in needed:
             job.event = await self._with_stored_pictures(job.event)
-        vectors = await self._encoder.many(self._computations(needed))
+        with stage(self._metrics.stages, "embed"):
+            vectors = await self._encoder.many(self._computations(needed))
         documents = [self._document(job, vectors) for job in needed]
-        written = await self._index.upsert(documents)
+        written = await self._ask("index writes", self._index.upsert(documents))
         waiting = [
             job
             for job, document, outcome in zip(needed, documents, written, strict=True)
@@ -376,7 +544,8 @@ class Embedder:
             by_tenant[job.event.tenant].append(job)
         needed: list[_Job] = []
         for tenant, group in by_tenant.items():
-            stored = await self._index.get(tenant, [job.product.product_id for job in group])
+            ids = [job.product.product_id for job in group]
+            stored = await self._ask("index reads", self._index.get(tenant, ids))
             for job in group:
                 known = stored.get(job.product.product_id)
                 version, own = (known.product.version if known else None) or 0, job.product.version or 0
@@ -398,7 +567,7 @@ class Embedder:
             offer = OfferChange.model_validate(
                 {"product_id": product.product_id, **fields, "offer_version": product.offer_version}
             )
-            await self._index.update_offers([OfferUpdate(job.event.tenant, offer)])
+            await self._ask("index writes", self._index.update_offers([OfferUpdate(job.event.tenant, offer)]))
 
     async def _with_stored_pictures(self, event: ProductEvent) -> ProductEvent:
         """Turn inline pictures, which a foreign producer may send, into blobs."""
@@ -414,25 +583,36 @@ class Embedder:
                 picture = base64.b64decode(image.data, validate=True)
             except (binascii.Error, ValueError) as error:
                 raise InvalidEvent(f"images.data: not base64: {error}") from error
-            stored.append(ImageRef(blob=await self._blobs.put(picture)))
+            stored.append(ImageRef(blob=await self._ask("blob writes", self._blobs.put(picture))))
         return replace(event, data=product.model_copy(update={"images": tuple(stored)}))
 
     def _computations(self, jobs: Sequence[_Job]) -> dict[str, Compute]:
         wanted: dict[str, Compute] = {}
         for job in jobs:
             text = lexical.text_for_embedding(job.product)
-            wanted[self._encoder.text_key(text)] = _text_job(self._encoder, text)
+            job.text_key = self._encoder.text_key(text)
+            wanted[job.text_key] = self._text_job(text)
             for image in job.product.images:
                 if image.blob is not None:
-                    wanted[self._encoder.picture_key(image.blob)] = _picture_job(self._encoder, self._blobs, image.blob)
+                    wanted[self._encoder.picture_key(image.blob)] = self._picture_job(image.blob)
         return wanted
+
+    def _text_job(self, text: str) -> Compute:
+        return lambda: self._ask("encoder", self._encoder.compute_text(text, bulk=True))
+
+    def _picture_job(self, reference: str) -> Compute:
+        async def compute() -> Embedding:
+            picture = await self._ask("blob reads", self._blobs.get(reference))
+            return await self._ask("encoder", self._encoder.compute_picture(picture, bulk=True))
+
+        return compute
 
     def _document(self, job: _Job, vectors: _Vectors) -> IndexDocument:
         product = job.product
         for image in product.images:
             if image.blob is not None:
                 self._note_picture(job, image.blob, vectors[self._encoder.picture_key(image.blob)])
-        text = vectors[self._encoder.text_key(lexical.text_for_embedding(product))]
+        text = vectors[job.text_key]
         return IndexDocument(
             tenant=job.event.tenant,
             product=product,
@@ -452,8 +632,10 @@ class Embedder:
     # --- remote pictures ----------------------------------------------------------------------------------
 
     async def _fetch(self, job: _Job) -> None:
+        structlog.contextvars.bind_contextvars(**_ids(job.record))  # of this task only
         try:
-            await self._fetch_pictures(job)
+            with _followed("pictures", [job.record]), self._metrics.stages.labels("pictures").time():
+                await self._fetch_pictures(job)
         finally:
             self._fetches -= 1
 
@@ -466,6 +648,7 @@ class Embedder:
                 if again is not None:
                     await self._append(again)
                     self._metrics.pictures.labels("retried").inc()
+                    self._metrics.retries.labels("picture_unreachable").inc()
                     self._count(job.event.type, "retried")
                     self._finish(job.record)
                     return
@@ -479,13 +662,13 @@ class Embedder:
                 image_error=job.picture_error,
                 image=_mean(job.pictures),
             )
-            written = await self._persist(lambda: self._index.update_images([update]), "update_images")
+            written = await self._persist(
+                lambda: self._ask("index writes", self._index.update_images([update])), "update_images"
+            )
             self._metrics.pictures.labels("failed" if status == "failed" else "ok").inc()
             await self._applied([job], written)
         except Transient as error:
-            await self._retry_later(job.record, "engine_unavailable", str(error))
-        except letters.FailingWorker:
-            raise
+            await self._retry_later(job.record, "engine_refuses", str(error))
         except Exception as error:  # the boundary: as in _attempt
             log.exception("event.failed", topic=job.record.topic, offset=job.record.offset)
             await self._bury(job.record, "internal_error", f"{type(error).__name__}: {error}")
@@ -497,8 +680,7 @@ class Embedder:
             if image.url is None:
                 continue
             try:
-                data = await self._images.fetch(image.url)
-                self._note_picture(job, image.url, await self._encoder.picture(data, bulk=True))
+                self._note_picture(job, image.url, await self._remote_vector(image.url))
             except Transient as error:
                 transient = str(error)
             except (InvalidPicture, NotFound, ForbiddenUrl) as error:
@@ -508,6 +690,24 @@ class Embedder:
                 job.picture_error = f"{image.url}: {type(error).__name__}: {error}"
         return transient
 
+    async def _remote_vector(self, url: str) -> Embedding:
+        """Return the vector of the picture at `url`, which is not sent again if it is the one it was last time."""
+        known = await self._encoder.recall(url)
+        fetched = await self._images.fetch_changed(url, known[0] if known else None)
+        if fetched is None:
+            if known is None:
+                raise TypeError("a picture that nobody has seen cannot be unchanged")
+            return known[1]
+        vector = await self._embedded(fetched.data)
+        if fetched.seen is not None:
+            await self._encoder.remember(url, fetched.seen)
+        return vector
+
+    async def _embedded(self, picture: bytes) -> Embedding:
+        return await self._persist(
+            lambda: self._ask("encoder", self._encoder.picture(picture, bulk=True)), "embed_image"
+        )
+
     # --- ends ---------------------------------------------------------------------------------------------
 
     async def _applied(self, jobs: Sequence[_Job], outcomes: Sequence[WriteOutcome]) -> None:
@@ -516,12 +716,12 @@ class Embedder:
         for job, outcome in zip(jobs, outcomes, strict=True):
             self._count(job.event.type, outcome)
             self._limit.note(dead=False)
-            if outcome == "applied":
-                self._metrics.freshness.observe(max(0.0, self._clock.now() - job.record.timestamp))
-            if job.event.awaited:
+            if outcome == "applied" and self._reports:
+                self._metrics.freshness.observe(max(0.0, self._clock.now() - events.first_arrival(job.record)))
+            if job.event.awaited and self._reports:
                 reports.append(_outcome(job, outcome))
         if reports:
-            await self._log.append([events.encode_outcome(report) for report in reports])
+            await self._append(*(events.encode_outcome(report) for report in reports))
         for job in jobs:
             self._finish(job.record)
 
@@ -536,20 +736,33 @@ class Embedder:
         if again is None:
             await self._bury(record, reason, error)
             return
-        await self._append(again)
+        with tracing.follow("retry", {event.traceparent: {"catalens.reason": reason}}):
+            await self._append(again)
+        self._metrics.retries.labels(reason).inc()
         self._count(event.type, "retried")
         self._finish(record)
 
     async def _bury(self, record: Record, reason: str, error: str) -> None:
-        log.warning("event.dead", topic=record.topic, offset=record.offset, reason=reason, error=error)
-        await self._append(letters.dead_letter(record, reason, error))
-        if record.headers.get("ce_awaited") == "true" and record.headers.get("ce_id"):
+        log.warning("event.dead", topic=record.topic, offset=record.offset, reason=reason, error=error, **_ids(record))
+        with tracing.follow("dead_letter", {record.headers.get("ce_traceparent"): {"catalens.reason": reason}}):
+            await self._append(letters.dead_letter(record, reason, error))
+        self._metrics.dead_letters.labels(reason).inc()
+        if self._reports and record.headers.get("ce_awaited") == "true" and record.headers.get("ce_id"):
             failed = Outcome(event_id=record.headers["ce_id"], status="failed", error=error)
             await self._append(events.encode_outcome(failed))
         known = record.headers.get("ce_type", "")
         self._count(known if known in (events.UPSERTED, events.DELETED, events.OFFER_CHANGED) else "unknown", "dead")
         self._finish(record)
-        self._limit.note(dead=True)
+        if record.topic not in events.RETRIES:  # what came back, and fails again, says nothing about this worker
+            self._note_dead()
+
+    def _note_dead(self) -> None:
+        """Count a dead letter; beyond the limit nothing more is taken, and `run` ends when the rest is finished."""
+        try:
+            self._limit.note(dead=True)
+        except letters.FailingWorker as error:
+            self._failing = self._failing or error
+            self._halt.set()
 
     async def _append(self, *messages: Message) -> None:
         """Append to the log, waiting as long as it is away: without this the record may not be finished."""
@@ -560,22 +773,41 @@ class Embedder:
         self._metrics.processed.labels(kind, outcome).inc()
 
 
+def _followed(name: str, records: Sequence[Record]) -> tracing.Span:
+    """Return a span in each trace that the records are part of; records of one trace share it."""
+    if not tracing.on():
+        return tracing.NOTHING
+    traces: defaultdict[str | None, list[Record]] = defaultdict(list)
+    for record in records:
+        traces[tracing.valid(record.headers.get("ce_traceparent"))].append(record)
+    parents: dict[str | None, tracing.Attributes] = {
+        parent: {
+            "messaging.batch.message_count": len(group),
+            "catalens.event_ids": [record.headers.get("ce_id", "") for record in group],
+            "catalens.products": [record.key or "" for record in group],
+        }
+        for parent, group in traces.items()
+    }
+    return tracing.follow(name, parents, "consumer")
+
+
+def _ids(record: Record) -> dict[str, str]:
+    """Return what a log line about the record carries, the same as the door's lines about the request."""
+    tenant, _, product_id = (record.key or "").partition("|")
+    ids = {
+        "event_id": record.headers.get("ce_id", "")[:128],
+        "trace_id": tracing.trace_id(record.headers.get("ce_traceparent")) or "",
+        "tenant": tenant[:63],
+        "product_id": product_id[:128],
+    }
+    return {name: value for name, value in ids.items() if value}
+
+
 def _as(kind: type[T], event: ProductEvent) -> T:
     """Return the event's data, which `_process` sorted by its kind."""
     if not isinstance(event.data, kind):
         raise TypeError(f"{event.type} carries {type(event.data).__name__}, not {kind.__name__}")
     return event.data
-
-
-def _text_job(encoder: CachedEncoder, text: str) -> Compute:
-    return lambda: encoder.compute_text(text, bulk=True)
-
-
-def _picture_job(encoder: CachedEncoder, blobs: BlobStore, reference: str) -> Compute:
-    async def compute() -> Embedding:
-        return await encoder.compute_picture(await blobs.get(reference), bulk=True)
-
-    return compute
 
 
 def _status(job: _Job, *, pending: bool) -> ImageStatus:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, create_model, model_validator
+from pydantic import ConfigDict, Field, JsonValue, StringConstraints, create_model, model_validator
+from pydantic.config import JsonDict
 
-from catalens.domain import AttributeKey, AttributeValue, Label, Offer, Product, ProductId, Value, Version
+from catalens.domain import AttributeKey, AttributeValue, Integral, Label, Offer, Product, ProductId, Value, Version
 
 DEFAULT_WAIT: Final = 10.0
 MAX_ERRORS: Final = 100
@@ -111,3 +112,76 @@ class BulkReceipt(Value):
     accepted: int
     rejected: int
     errors: Annotated[list[LineProblem], Field(max_length=MAX_ERRORS)] = Field(description="the first 100")
+
+
+# --- dead letters -----------------------------------------------------------------------------------------
+
+DeadLetterState = Literal["open", "replayed", "purged"]
+Word = Annotated[str, StringConstraints(max_length=512)]
+_MOMENT: Final[JsonDict] = {"format": "date-time"}
+
+
+class DeadLetterParams(Value):
+    """Which dead letters to list; what is left out is not asked for."""
+
+    reason: Word | None = Field(default=None, description="such as invalid_event")
+    topic: Word | None = Field(default=None, description="where the event first stood, such as catalog.products")
+    type: Word | None = Field(default=None, description="the event's, such as catalens.product.upserted.v1")
+    product_id: Word | None = None
+    since: Word | None = Field(default=None, description="failed at this moment or later", json_schema_extra=_MOMENT)
+    until: Word | None = Field(default=None, description="failed before this moment", json_schema_extra=_MOMENT)
+    state: Literal["open", "replayed", "purged", "all"] = "open"
+    after: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,12}(\.[0-9]{1,9})?:[0-9]{1,19}:[0-9]{1,19}$")] | None = (
+        Field(default=None, description="`next` of the page before")
+    )
+    limit: Annotated[int, Field(ge=1, le=1000), Integral] = 100
+
+
+class ReplayParams(Value):
+    """How to replay."""
+
+    force: bool = Field(default=False, description="even if the letter was replayed or purged before")
+
+
+class DeadLetter(Value):
+    """An event that could not be processed."""
+
+    id: str
+    reason: str = Field(
+        description="invalid_event, expired (it came back too late), engine_refuses, internal_error; see error"
+    )
+    error: str = Field(description="in the list its first 300 characters")
+    type: str = Field(description="the event's; empty if it states none")
+    product_id: str = Field(description="or the record's whole key, if that is no product's")
+    tenant: str
+    topic: str = Field(description="where the event first stood")
+    partition: int
+    offset: int
+    attempts: int = Field(description="how often it was tried")
+    failed_at: str = Field(json_schema_extra=_MOMENT)
+    first_seen: str = Field(description="when the event first arrived", json_schema_extra=_MOMENT)
+    bytes: int = Field(description="size of its data")
+    state: DeadLetterState
+
+
+class DeadLetterList(Value):
+    """Dead letters, in the order in which they failed."""
+
+    dead_letters: list[DeadLetter]
+    next: str | None = Field(description="`after` of the next page; null on the last")
+
+
+class DeadLetterContent(DeadLetter):
+    """A dead letter with all that came with it."""
+
+    headers: dict[str, str]
+    data: JsonValue = Field(default=None, description="absent if the data is no JSON")
+    base64: str | None = Field(default=None, description="the data if it is no JSON; absent otherwise")
+
+
+class DeadLetterReceipt(Value):
+    """What the dead letter's state is now; it survives any crash."""
+
+    id: str
+    state: DeadLetterState
+    changed: bool = Field(description="false: it was so already")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,9 +13,9 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from catalens import events
+from catalens import events, tracing
 from catalens.domain import Deletion, OfferChange, Product, assigned_version
-from catalens.errors import Overloaded, Transient
+from catalens.errors import CatalensError, Overloaded, Transient
 from catalens.events import EventData, Outcome, ProductEvent
 from catalens.openapi import PICTURE, Operation
 from catalens.ports import BlobStore, EventLog, ImageSource, RequestMemory
@@ -34,8 +35,10 @@ from catalens.web import (
     read_product_id,
     reply,
     tenant_of,
+    traceparent_of,
     validated,
 )
+from catalens_ingest.dead_letters import DeadLetters
 from catalens_ingest.door import Door
 from catalens_ingest.idempotency import Repeats, versions_of
 from catalens_ingest.lines import Line, batches
@@ -59,7 +62,6 @@ _NDJSON: Final = frozenset({"application/x-ndjson", "application/ndjson", "appli
 _WAIT: Final = (
     "With `?wait=true` the answer comes when the product is searchable with its picture, or as 202 when time is up."
 )
-_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class IngestService:
         blobs: BlobStore,
         images: ImageSource,
         memory: RequestMemory,
-        bundle: BundleInfo,
+        bundle: Callable[[], BundleInfo],
         settings: Settings,
         metrics: Metrics,
     ) -> None:
@@ -111,6 +113,7 @@ class IngestService:
         self._door = Door(blobs, images, settings.pictures)
         self._repeats = Repeats(memory)
         self._outcomes = Outcomes(log)
+        self._dead_letters = DeadLetters(log, settings, time.time)
         self._wait_params = limited(WaitParams, settings.http.max_wait)
         self._delete_params = limited(DeleteParams, settings.http.max_wait)
         self._last_version = 0
@@ -118,6 +121,14 @@ class IngestService:
     async def run(self, stop: asyncio.Event) -> None:
         """Listen for the outcomes that requests wait for, until `stop` is set."""
         await self._outcomes.run(stop)
+
+    async def ready(self) -> Mapping[str, str]:
+        """Return "ok" or what is wrong, for the log: a real question to it."""
+        try:
+            await self._log.committed(events.EMBEDDER_GROUP, [events.PRODUCTS])
+        except CatalensError as error:
+            return {"log": str(error)}
+        return {"log": "ok"}
 
     def operations(self) -> list[Operation]:
         """Return the ingest side of the HTTP contract."""
@@ -206,6 +217,7 @@ class IngestService:
                 responses={202: PictureReceipt, 200: PictureReceipt},
                 problems=(409,),
             ),
+            *self._dead_letters.operations(),
         ]
 
     # --- one product ------------------------------------------------------------------------------------------
@@ -271,18 +283,19 @@ class IngestService:
     def _event(self, request: web.Request, data: EventData, *, awaited: bool = False) -> ProductEvent:
         # Assigned versions grow within the process even where the clock stands still or is set back.
         self._last_version = max(self._last_version + 1, assigned_version())
-        trace = request.headers.get("traceparent", "")
         return events.new_event(
             events.with_versions(data, self._last_version),
             tenant_of(request),
             awaited=awaited,
-            traceparent=trace if _TRACEPARENT.fullmatch(trace) else None,
+            traceparent=traceparent_of(request),
         )
 
     async def _append(self, batch: Sequence[ProductEvent]) -> None:
-        await self._log.append([events.encode(event) for event in batch])
-        for event in batch:
-            self._metrics.accepted.labels(event.type).inc()
+        span = tracing.span("append", {"messaging.batch.message_count": len(batch)})
+        with span, self._metrics.append_seconds.time():
+            await self._log.append([events.encode(event) for event in batch])
+        for kind, count in Counter(event.type for event in batch).items():
+            self._metrics.accepted.labels(kind).inc(count)
 
     # --- forms ------------------------------------------------------------------------------------------------
 
@@ -299,8 +312,8 @@ class IngestService:
         (name,) = form.pictures
         product = product.model_copy(update={"images": (await self._door.upload(picture, name),)})
         more: dict[str, str | int] = {
-            "embedding_type": self._bundle.family,
-            "embedding_dimension": self._bundle.dimension,
+            "embedding_type": self._bundle().family,
+            "embedding_dimension": self._bundle().dimension,
         }
         return await self._form_receipt(request, product, params, key, more)
 
@@ -332,8 +345,7 @@ class IngestService:
             raise Problem(415, f"send the lines as application/x-ndjson, not {request.content_type}")
         tally = _Tally()
         try:
-            async for batch in batches(request.content, max_line=self._http.max_line, timeout=self._http.body_timeout):
-                await self._take(request, batch, tally)
+            await self._take(request, tally)
         except TimeoutError as error:
             slow = f"no line came for {self._http.body_timeout:g} s"
             raise Problem(408, f"{slow}; {tally.kept}", headers={"Connection": "close"}) from error
@@ -345,12 +357,31 @@ class IngestService:
             raise problem from error
         return reply(BulkReceipt(accepted=tally.accepted, rejected=tally.rejected, errors=tally.errors))
 
-    async def _take(self, request: web.Request, batch: Sequence[Line], tally: _Tally) -> None:
-        """Append what is good in `batch`, in order, and count the rest."""
-        parsed = await asyncio.to_thread(lambda: [_parse_line(line, self._http.max_line) for line in batch])
-        admitted = await asyncio.gather(
-            *(self._admit_line(line, product) for line, product in zip(batch, parsed, strict=True))
-        )
+    async def _take(self, request: web.Request, tally: _Tally) -> None:
+        """Append the lines batch by batch, in order; while the log takes one, the next one is read and parsed."""
+        keeping: asyncio.Task[None] | None = None
+        try:
+            async for batch in batches(request.content, max_line=self._http.max_line, timeout=self._http.body_timeout):
+                admitted = await self._admitted(batch)
+                if keeping is not None:
+                    await keeping
+                keeping = asyncio.create_task(self._keep(request, admitted, tally), name="ingest.keep")
+        finally:
+            if keeping is not None:
+                await keeping
+
+    async def _admitted(self, batch: Sequence[Line]) -> list[Product | LineProblem]:
+        """Return, per line, the product with its pictures stored, or what is wrong."""
+        admitted = await asyncio.to_thread(lambda: [_parse_line(line, self._http.max_line) for line in batch])
+        # Only what brings pictures has anything to wait for: a task a line would cost more than to parse it.
+        waits = [number for number, found in enumerate(admitted) if isinstance(found, Product) and found.images]
+        settled = await asyncio.gather(*(self._admit_line(batch[number], admitted[number]) for number in waits))
+        for number, found in zip(waits, settled, strict=True):
+            admitted[number] = found
+        return admitted
+
+    async def _keep(self, request: web.Request, admitted: Sequence[Product | LineProblem], tally: _Tally) -> None:
+        """Append what is good, in order, and count the rest."""
         good = [self._event(request, found) for found in admitted if isinstance(found, Product)]
         while good:
             try:

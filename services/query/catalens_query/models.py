@@ -303,11 +303,12 @@ class Health(Value):
 
 
 class CacheStats(Value):
-    """The embedding cache of this process."""
+    """The embedding cache, as this process knows it."""
 
     hits: int
     misses: int
-    entries: int
+    entries: int | None = Field(description="null where processes share the cache")
+    available: bool = Field(description="false while the cache is away: everything is computed")
 
 
 class Stats(Value):

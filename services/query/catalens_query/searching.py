@@ -14,7 +14,7 @@ from catalens.embedding import CachedEncoder
 from catalens.errors import NotFound, Transient
 from catalens.lexical import query_vector
 from catalens.ports import VectorIndex
-from catalens.telemetry import Metrics
+from catalens.telemetry import Metrics, stage
 from catalens_query import fusion
 from catalens_query.planner import (
     LEXICAL,
@@ -101,7 +101,8 @@ class Searcher:
         chosen, degraded, dense, lexical = plan(search.mode, search.using, search.weight), None, None, None
         if chosen.mode != "lexical":
             try:
-                dense = await self._query_vector(search)
+                with stage(self._metrics.search_stages, "encode"):
+                    dense = await self._query_vector(search)
             except Transient as error:
                 if search.mode != "auto" or chosen.mode != "hybrid":
                     raise
@@ -162,15 +163,17 @@ class Searcher:
         """
         ranking: list[LegHit] = []
         for depth in TIERS if legs else ():
-            answers = await self._index.search(tenant, [leg.at(depth) for leg in legs], where)
-            lists = [
-                fusion.RankedList(leg.using, leg.weight, hits, complete=len(hits) < depth)
-                for leg, hits in zip(legs, answers, strict=True)
-            ]
-            own = fusion.own_picture(lists) if by_picture and not ranking else None
-            ranking = fusion.extend(ranking, fusion.fuse(lists), single=len(legs) == 1)
-            if own is not None:
-                ranking = fusion.first(ranking, own)
+            with stage(self._metrics.search_stages, "search"):
+                answers = await self._index.search(tenant, [leg.at(depth) for leg in legs], where)
+            with stage(self._metrics.search_stages, "fuse"):
+                lists = [
+                    fusion.RankedList(leg.using, leg.weight, hits, complete=len(hits) < depth)
+                    for leg, hits in zip(legs, answers, strict=True)
+                ]
+                own = fusion.own_picture(lists) if by_picture and not ranking else None
+                ranking = fusion.extend(ranking, fusion.fuse(lists), single=len(legs) == 1)
+                if own is not None:
+                    ranking = fusion.first(ranking, own)
             if len(ranking) >= upto or all(len(hits) < depth for hits in answers):
                 break
         return ranking
@@ -185,6 +188,7 @@ class Searcher:
         return bool(await self._index.page(tenant, after=None, limit=1, where=itself))
 
     async def _page(self, tenant: str, hits: Sequence[LegHit]) -> list[tuple[StoredProduct, float]]:
-        stored = await self._index.get(tenant, [hit.product_id for hit in hits]) if hits else {}
+        with stage(self._metrics.search_stages, "load"):
+            stored = await self._index.get(tenant, [hit.product_id for hit in hits]) if hits else {}
         # Deleted since it was ranked: left out.
         return [(stored[hit.product_id], hit.score) for hit in hits if hit.product_id in stored]

@@ -18,6 +18,7 @@ from catalens.domain import DEFAULT_TENANT, Filter, Leg, ModelSpec, PictureInfo,
 from catalens.embedding import CachedEncoder
 from catalens.errors import CatalensError, ForbiddenUrl, InvalidPicture, NotFound, Transient
 from catalens.events import CONSUMED, EMBEDDER_GROUP
+from catalens.measured import MeasuredImages
 from catalens.openapi import PICTURE, Content, Handler, Operation
 from catalens.pictures import Picture
 from catalens.ports import BlobStore, EmbeddingCache, Encoder, EventLog, ImageSource, VectorIndex
@@ -70,7 +71,7 @@ class QueryService:
         self._encoder = encoder
         self._cache = cache
         self._blobs = blobs
-        self._images = images
+        self._images = MeasuredImages(images, metrics)
         self._log = log
         self._settings = settings
         cached = None if encoder is None else CachedEncoder(encoder, cache, metrics)
@@ -373,7 +374,12 @@ class QueryService:
                 lag=sum(lag.values()),
                 model=None if spec is None else spec.id,
                 dimension=None if spec is None else spec.dimension,
-                cache=models.CacheStats(hits=cache["hits"], misses=cache["misses"], entries=cache["entries"]),
+                cache=models.CacheStats(
+                    hits=cache["hits"],
+                    misses=cache["misses"],
+                    entries=cache.get("entries"),
+                    available=bool(cache.get("available", 1)),
+                ),
             )
         )
 

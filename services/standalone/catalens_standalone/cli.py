@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from catalens.errors import CatalensError
+from catalens_standalone import cli_dlq, cli_reindex, cli_topics
 
 # Everything heavy is imported inside the commands, so that --help and search answer at once.
 # ruff: noqa: PLC0415
@@ -97,7 +98,7 @@ def _options(
 @app.command()
 def serve() -> None:
     """Run ingest, embedder and query in this process, until Ctrl-C."""
-    from catalens_standalone.doctor import load_settings
+    from catalens.settings import load_settings
 
     settings = load_settings()
     _start(settings)
@@ -107,7 +108,7 @@ def serve() -> None:
 @app.command()
 def demo() -> None:
     """Run as `serve` does, with the demo catalogue in it."""
-    from catalens_standalone.doctor import load_settings
+    from catalens.settings import load_settings
 
     settings = load_settings()
     if "log_level" not in settings.model_fields_set:
@@ -118,11 +119,13 @@ def demo() -> None:
 
 def _start(settings: Settings) -> None:
     """Say early what would otherwise fail late."""
+    from catalens import tracing
     from catalens.errors import Misconfigured
     from catalens.telemetry import configure_logging
     from catalens_standalone.doctor import port
 
     configure_logging(settings)
+    tracing.configure(settings)
     free = port(settings.http.host, settings.http.port)
     if free.status == "fail":
         raise Misconfigured(f"cannot listen on {free.finding}; {free.advice}")
@@ -221,8 +224,8 @@ def import_files(
 
     Exit code 1 if anything was rejected or came without its picture.
     """
+    from catalens.settings import load_settings
     from catalens_standalone.catalogue_file import parse_mapping
-    from catalens_standalone.doctor import load_settings
     from catalens_standalone.importer import Source
 
     settings = load_settings()
@@ -347,7 +350,7 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Print the service's answer as it is.")] = False,
 ) -> None:
     """Search a running Catalens by words, by picture or by both."""
-    from catalens_standalone.doctor import load_settings
+    from catalens.settings import load_settings
 
     if query is None and image is None:
         raise typer.BadParameter("give words, --image or both")
@@ -506,6 +509,12 @@ def doctor() -> None:
     Console(soft_wrap=True).print(table)
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(1)
+
+
+app.command()(cli_reindex.reindex)
+app.command()(cli_reindex.reconcile)
+app.add_typer(cli_topics.app, name="topics")
+app.add_typer(cli_dlq.app, name="dlq")
 
 
 # --- what they share --------------------------------------------------------------------------------------

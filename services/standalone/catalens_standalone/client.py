@@ -124,6 +124,62 @@ class Client:
                 return None
             raise
 
+    async def delete(self, product_id: str, version: int) -> None:
+        """Delete a product as of `version`; when this returns, the deletion survives any crash."""
+        await self._json("DELETE", f"/api/v1/products/{quote(product_id, safe='')}", params={"version": str(version)})
+
+    async def export(self) -> AsyncIterator[bytes]:
+        """Yield the indexed products, one line each in the form in which they are put in, in the order of their ids."""
+        async with self._open("GET", "/api/v1/products", headers={"Accept": "application/x-ndjson"}) as response:
+            if response.status >= 400:
+                raise await self._problem(response)
+            rest = b""
+            async for block in response.content.iter_any():
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    yield line
+            if rest:
+                raise Unreachable(f"the connection to {self.url} broke in the middle of a product")
+
+    async def start_reindex(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask the process to change its model or rebuild its index; returns how far it is."""
+        return await self._json("POST", "/api/v1/reindex", json=request)
+
+    async def reindex_state(self) -> dict[str, Any]:
+        """Return how far the reindex is."""
+        return await self._json("GET", "/api/v1/reindex")
+
+    async def indexes(self) -> list[dict[str, Any]]:
+        """Return the indexes that there are."""
+        return list((await self._json("GET", "/api/v1/indexes")).get("indexes", ()))
+
+    async def drop_index(self, name: str) -> None:
+        """Delete an index that is not current."""
+        await self._json("DELETE", f"/api/v1/indexes/{quote(name, safe='')}")
+
+    async def dead_letters(self, asked: Mapping[str, str]) -> tuple[list[dict[str, Any]], str | None]:
+        """Return a page of dead letters and where the next one begins, None after the last."""
+        answer = await self._json("GET", "/api/v1/dead-letters", params=asked)
+        letters, following = answer.get("dead_letters"), answer.get("next")
+        if not isinstance(letters, list) or not isinstance(following, str | None):
+            raise self._foreign()
+        return letters, following
+
+    async def dead_letter(self, letter_id: str) -> dict[str, Any]:
+        """Return a dead letter with its headers and data."""
+        return await self._json("GET", f"/api/v1/dead-letters/{quote(letter_id, safe='')}")
+
+    async def replay_letter(self, letter_id: str, *, force: bool = False) -> bool:
+        """Send the event of a dead letter through the embedder again; return False if it was resolved before."""
+        path = f"/api/v1/dead-letters/{quote(letter_id, safe='')}/replay"
+        answer = await self._json("POST", path, params={"force": "true"} if force else {})
+        return answer.get("changed") is True
+
+    async def purge_letter(self, letter_id: str) -> bool:
+        """Drop a dead letter for good; return False if it was resolved before."""
+        answer = await self._json("DELETE", f"/api/v1/dead-letters/{quote(letter_id, safe='')}")
+        return answer.get("changed") is True
+
     async def ready(self) -> tuple[bool, dict[str, Any]]:
         """Return what /readyz says: whether it is, and the checks."""
         async with self._open("GET", "/readyz") as response:

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Final, Literal
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from catalens.domain import ModelSpec
 from catalens.encoders.bundle import load_bundle, resolve
 from catalens.errors import CatalensError, Misconfigured
-from catalens.settings import MIB, Settings
+from catalens.settings import MIB, PREFIX, Settings, load_settings
 from catalens_standalone.client import Unreachable, connect, service_key, service_url
 
-PREFIX: Final = "CATALENS_"
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _ENOUGH_DISK: Final = 2048 * MIB
 _LITTLE_DISK: Final = 256 * MIB
@@ -58,21 +57,6 @@ def variables(model: type[BaseModel] = Settings, prefix: str = PREFIX) -> Iterat
             yield from variables(section, f"{prefix}{name.upper()}__")
         else:
             yield Variable(f"{prefix}{name.upper()}", field)
-
-
-def load_settings() -> Settings:
-    """Return the settings of environment and .env; raises Misconfigured naming each variable that is wrong."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        raise Misconfigured(
-            "; ".join(
-                f"{PREFIX}{'__'.join(str(part) for part in entry['loc']).upper()}: {entry['msg']}"
-                for entry in error.errors(include_url=False, include_input=False)
-            )
-        ) from error
-    except ValueError as error:  # a list or section that is no JSON
-        raise Misconfigured(f"settings: {error}: it is written as JSON, see docs/reference/settings.md") from error
 
 
 async def examine(environ: Mapping[str, str], env_file: Path = Path(".env")) -> list[Check]:

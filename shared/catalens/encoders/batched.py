@@ -40,6 +40,11 @@ class BatchedEncoder:
         self._texts: MicroBatcher[str, Embedding] = MicroBatcher(
             "text", _stages("text", text, metrics), lanes=lanes, policy=policy, capacity=settings.queue
         )
+        metrics.encoder_lanes.labels("image").set(lanes)
+        metrics.encoder_lanes.labels("text").set(lanes)
+        self._named = (spec.id, spec.fingerprint)
+        self._model = metrics.model
+        self._model.labels(*self._named).set(1)
         metrics.encoder_waiting.labels("image").set_function(self._pictures.waiting)
         metrics.encoder_waiting.labels("text").set_function(self._texts.waiting)
 
@@ -60,6 +65,7 @@ class BatchedEncoder:
         """Finish what is in flight, refuse the rest."""
         await self._pictures.close()
         await self._texts.close()
+        self._model.remove(*self._named)
 
 
 def _stages(
@@ -68,6 +74,7 @@ def _stages(
     """Return the work of one batch: equal items are encoded once, an item that is bad costs only itself."""
     items_done = metrics.encoder_items.labels(name)
     batch_size = metrics.encoder_batch.labels(name)
+    busy_seconds = metrics.encoder_busy.labels(name)
     prepare_seconds, run_seconds, finish_seconds = (
         metrics.encoder_seconds.labels(name, stage) for stage in ("prepare", "run", "finish")
     )
@@ -89,8 +96,12 @@ def _stages(
         return [item if isinstance(item, Exception) else next(results) for item in prepared]
 
     def work(items: Sequence[Item]) -> list[Result | Exception]:
-        once = list(dict.fromkeys(items))
-        known = dict(zip(once, encode(once), strict=True))
+        started = time.perf_counter()
+        try:
+            once = list(dict.fromkeys(items))
+            known = dict(zip(once, encode(once), strict=True))
+        finally:
+            busy_seconds.inc(time.perf_counter() - started)
         items_done.inc(len(items))
         return [known[item] for item in items]
 

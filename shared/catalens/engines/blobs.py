@@ -1,40 +1,53 @@
-"""FileBlobStore: uploaded pictures as files, named by the SHA-256 of their bytes."""
+"""FileBlobStore: uploaded pictures as files, named by the SHA-256 of their bytes, for the processes of one machine."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
 import threading
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote, urlsplit
 
 from catalens.domain import sha256_hex
 from catalens.engines.folder import storage_error, sync_folder
-from catalens.errors import NotFound
+from catalens.errors import Misconfigured, NotFound
 
 _REFERENCE: Final = re.compile(r"[a-f0-9]{64}")
+_UNFINISHED_SECONDS: Final = 86_400.0  # nobody writes a picture for that long
+
+
+def folder_of(url: str) -> Path:
+    """Return the folder that a file:///… URL names; raises Misconfigured."""
+    parts = urlsplit(url)
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
+        raise Misconfigured("CATALENS_BLOBS__URL names a folder by its full path: file:///srv/catalens/pictures")
+    return Path(unquote(parts.path))
 
 
 class FileBlobStore:
-    """A BlobStore in a folder of one process: ab/abcd…, each file whole or absent, whatever happens.
+    """A BlobStore in a folder: ab/abcd…, each file whole or absent, whatever happens.
 
-    A file's modification time is when it was last stored.
+    A file's modification time is when it was last stored. Processes of one machine may share the folder.
     """
 
     def __init__(self, root: Path) -> None:
         """Open or create the store in `root`, at start-up: it reads and writes there. Raises StorageFull, Transient."""
         self._unfinished = root / "unfinished"
         self._folders = {f"{number:02x}": root / f"{number:02x}" for number in range(256)}
-        self._lock = threading.Lock()  # a conditional delete and a put of the same blob take turns
+        self._lock = threading.Lock()
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
-            for leftover in self._unfinished.iterdir():  # of a process that was killed
-                leftover.unlink()
+            _sweep(self._unfinished)
             for folder in self._folders.values():
                 folder.mkdir(exist_ok=True)
+            self._turns = os.open(root / "turns", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             sync_folder(root)
         except OSError as error:
             raise storage_error(error, f"{root} cannot be prepared") from error
@@ -72,7 +85,20 @@ class FileBlobStore:
             await asyncio.to_thread(self._delete, path, older_than)
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Release the folder; may be called twice."""
+        if self._turns >= 0:
+            os.close(self._turns)
+            self._turns = -1
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A conditional delete and a put of the same blob take turns, in this process and among processes."""
+        with self._lock:
+            fcntl.flock(self._turns, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._turns, fcntl.LOCK_UN)
 
     def _path(self, reference: str) -> Path | None:
         return self._folders[reference[:2]] / reference if _REFERENCE.fullmatch(reference) else None
@@ -81,7 +107,7 @@ class FileBlobStore:
         reference = sha256_hex(data)
         path = self._folders[reference[:2]] / reference
         try:
-            with self._lock:
+            with self._turn():
                 known = path.exists()
                 if known:
                     os.utime(path)
@@ -106,13 +132,24 @@ class FileBlobStore:
 
     def _delete(self, path: Path, older_than: float | None) -> None:
         try:
-            with self._lock:
+            with self._turn():
                 if older_than is None or path.stat().st_mtime < older_than:
                     path.unlink()
         except FileNotFoundError:
             pass
         except OSError as error:
             raise storage_error(error, f"picture {path.name} cannot be deleted") from error
+
+
+def _sweep(unfinished: Path) -> None:
+    """Remove what processes that were killed left behind."""
+    with os.scandir(unfinished) as entries:
+        for entry in entries:
+            try:
+                if entry.stat().st_mtime < time.time() - _UNFINISHED_SECONDS:
+                    Path(entry).unlink()
+            except FileNotFoundError:  # another process was quicker
+                continue
 
 
 def _stored_before(folder: Path, older_than: float) -> list[str]:

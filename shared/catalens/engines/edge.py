@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import pickle
 import socket
 import struct
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, Self
+from uuid import UUID
 
-import numpy as np
 import structlog
-from pydantic_core import from_json
 
 from catalens.domain import (
     POINT_NAMESPACE,
-    Condition,
     Filter,
     ImageUpdate,
     IndexCounts,
@@ -36,23 +32,27 @@ from catalens.domain import (
     Leg,
     LegHit,
     ModelSpec,
-    Offer,
     OfferUpdate,
-    Product,
-    Range,
-    Scalar,
+    PointState,
     SparseVector,
     StoredProduct,
     TombstoneWrite,
     WriteOutcome,
-    category_prefixes,
     point_id,
 )
-from catalens.errors import CatalensError, InvalidEvent, Misconfigured, ModelMismatch, StorageFull, Transient
+from catalens.engines.points import (
+    content_item,
+    image_item,
+    offer_item,
+    packed_dense,
+    packed_sparse,
+    plain_filter,
+    point_state,
+    stored_product,
+    tombstone_item,
+)
+from catalens.errors import CatalensError, Misconfigured, ModelMismatch, StorageFull, Transient
 from catalens.retry import RetryPolicy, SystemClock, with_retries
-
-if TYPE_CHECKING:
-    from catalens.domain import Embedding
 
 log = structlog.get_logger(__name__)
 
@@ -68,17 +68,6 @@ _ERRORS: Final[Mapping[str, type[CatalensError]]] = {
     "full": StorageFull,
     "transient": Transient,
 }
-_OFFER_FIELDS: Final = frozenset(Offer.model_fields)
-_TERMS: Final = frozenset({"brand", "group_id", "locale"})
-"""Fields that are stored as terms, as attributes are: one payload index serves them all."""
-_KEYWORDS: Final = {"currency": "offer.currency", "image_status": "image_status"}
-"""Fields that change without the content, each with an index of its own."""
-_NUMBERS: Final = {"price": "offer.price", "stock": "offer.stock"}
-
-Primitive: TypeAlias = tuple[str, str, Any]
-"""("any", payload key, values) · ("range", payload key, (gte, gt, lte, lt)) · ("points", "", point ids)."""
-PlainFilter: TypeAlias = tuple[list[list[Primitive]], list[Primitive]]
-"""AND of ORs of primitives, and primitives of which none may match: what the engine's process understands."""
 
 
 class EdgeIndex:
@@ -93,7 +82,7 @@ class EdgeIndex:
         self._closed = False
 
     @classmethod
-    async def open(cls, folder: Path, spec: ModelSpec) -> EdgeIndex:
+    async def open(cls, folder: Path, spec: ModelSpec) -> Self:
         """Open or create the index in `folder` for vectors of `spec`.
 
         Raises Misconfigured (folder in use, damaged, or of another format) and ModelMismatch.
@@ -102,39 +91,19 @@ class EdgeIndex:
 
     async def upsert(self, documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
         """See the port."""
-        return await self._write("upsert", [self._content(document) for document in documents])
+        return await self._write("upsert", [content_item(document, self._spec.dimension) for document in documents])
 
     async def update_images(self, updates: Sequence[ImageUpdate]) -> Sequence[WriteOutcome]:
         """See the port. Without a vector, only the status is set."""
-        items = [
-            {
-                **_identity(update.tenant, update.product_id),
-                "version": update.version,
-                "fields": _present(image_status=update.image_status, image_error=update.image_error),
-                "image": self._vector("image", update.image),
-            }
-            for update in updates
-        ]
-        return await self._write("update_images", items)
+        return await self._write("update_images", [image_item(update, self._spec.dimension) for update in updates])
 
     async def update_offers(self, updates: Sequence[OfferUpdate]) -> Sequence[WriteOutcome]:
         """See the port."""
-        items = [
-            {**_identity(update.tenant, update.offer.product_id), "offer": _stated_offer(update.offer)}
-            for update in updates
-        ]
-        return await self._write("update_offers", items)
+        return await self._write("update_offers", [offer_item(update) for update in updates])
 
     async def delete(self, tombstones: Sequence[TombstoneWrite]) -> Sequence[WriteOutcome]:
         """See the port."""
-        items = [
-            {
-                **_identity(write.tenant, write.deletion.product_id),
-                "version": _known(write.deletion.version, "version"),
-            }
-            for write in tombstones
-        ]
-        return await self._write("delete", items)
+        return await self._write("delete", [tombstone_item(write) for write in tombstones])
 
     async def search(self, tenant: str, legs: Sequence[Leg], where: Filter) -> Sequence[Sequence[LegHit]]:
         """See the port. Every leg is exact: all vectors under the filter are compared."""
@@ -143,7 +112,9 @@ class EdgeIndex:
         plain = [
             (
                 leg.using,
-                _packed(leg.vector) if isinstance(leg.vector, SparseVector) else self._vector("query", leg.vector),
+                packed_sparse(leg.vector)
+                if isinstance(leg.vector, SparseVector)
+                else packed_dense("query", leg.vector, self._spec.dimension),
                 leg.limit,
             )
             for leg in legs
@@ -157,12 +128,12 @@ class EdgeIndex:
         """See the port."""
         points = [point_id(tenant, product_id).bytes for product_id in dict.fromkeys(product_ids)]
         found = await self._call("get", points, with_vectors)
-        return {payload["product_id"]: _stored(payload) for payload in found}
+        return {payload["product_id"]: stored_product(payload) for payload in found}
 
     async def page(self, tenant: str, *, after: str | None, limit: int, where: Filter) -> Sequence[StoredProduct]:
         """See the port."""
         found = await self._call("page", tenant, after, limit, plain_filter(tenant, where))
-        return [_stored(payload) for payload in found]
+        return [stored_product(payload) for payload in found]
 
     async def counts(self, tenant: str) -> IndexCounts:
         """See the port."""
@@ -175,6 +146,13 @@ class EdgeIndex:
     async def blobs_in_use(self, tenant: str | None, references: Sequence[str]) -> frozenset[str]:
         """See the port."""
         return frozenset(await self._call("blobs_in_use", tenant, list(references)))
+
+    async def export(
+        self, *, after: UUID | None = None, limit: int = 256, with_vectors: bool = False
+    ) -> Sequence[PointState]:
+        """See the port."""
+        found = await self._call("export", after.bytes if after else None, limit, with_vectors)
+        return [point_state(payload) for payload in found]
 
     async def flush(self) -> None:
         """See the port: an fsync of all that was written."""
@@ -215,39 +193,6 @@ class EdgeIndex:
             )
         except (Misconfigured, ModelMismatch) as error:
             raise Transient(f"the index cannot be opened again: {error}", retry_after=30.0) from error
-
-    # --- from the domain to what is stored ------------------------------------------------------------------
-
-    def _content(self, document: IndexDocument) -> dict[str, Any]:
-        product = document.product
-        return {
-            **_identity(document.tenant, product.product_id),
-            "version": _known(product.version, "version"),
-            "offer": _stated_offer(product) if product.carries_offer else None,
-            "image": self._vector("image", document.image),
-            "text": self._vector("text", document.text),
-            "lexical": _packed(document.lexical) if document.lexical and document.lexical.indices else None,
-            "fields": _present(
-                doc=product.model_dump_json(exclude_unset=True, exclude={*_OFFER_FIELDS, "version"}),
-                terms=_terms(product),
-                numbers={
-                    _number_key(key): float(value)
-                    for key, value in product.attributes.items()
-                    if isinstance(value, int | float) and not isinstance(value, bool)
-                },
-                blobs=[image.blob for image in product.images if image.blob],
-                image_status=document.image_status,
-                image_error=document.image_error,
-            ),
-        }
-
-    def _vector(self, name: str, vector: Embedding | None) -> bytes | None:
-        """Return the vector's bytes; the engine would take NaN silently, so it never sees one."""
-        if vector is None:
-            return None
-        if vector.shape != (self._spec.dimension,) or not np.isfinite(vector).all():
-            raise InvalidEvent(f"the {name} vector is not {self._spec.dimension} finite numbers")
-        return np.ascontiguousarray(vector, dtype=np.float32).tobytes()
 
 
 class _Engine:
@@ -291,8 +236,8 @@ class _Engine:
                 "index.writes_lost",
                 folder=str(folder),
                 batches=opened["lost_batches"],
-                advice="acknowledged writes are gone (power loss or a damaged file): import the catalogue again "
-                "(`catalens reindex` is not built yet)",
+                advice="acknowledged writes are gone (power loss or a damaged file): make a new index of the event log "
+                "by `catalens reindex --rebuild`",
             )
         return engine
 
@@ -350,120 +295,3 @@ class _Engine:
             for waiting in self._calls.values():
                 if not waiting.done():
                     waiting.set_exception(Transient("the index process ended; the write may or may not be stored"))
-
-
-# --- the translation, pure ----------------------------------------------------------------------------------------
-
-
-def plain_filter(tenant: str, where: Filter) -> PlainFilter:
-    """Return `where` as the engine's process understands it.
-
-    A value of the wrong type for its key (a number for a brand) matches nothing; a key that no product can have is a
-    ValueError.
-    """
-    none_of: list[Primitive] = []
-    if where.exclude:
-        none_of.append(_points(tenant, where.exclude))
-    if where.without_groups:
-        none_of.append(("any", "terms", [_term("group_id", group) for group in where.without_groups]))
-    return [_clause(tenant, condition) for condition in where.conditions], none_of
-
-
-def _clause(tenant: str, condition: Condition) -> list[Primitive]:
-    key, values, within = condition.key, condition.any_of, condition.within
-    if key == "product_id":
-        return [_points(tenant, _texts(values))]
-    if key in _TERMS:
-        return [("any", "terms", [_term(key, value) for value in _texts(values)])]
-    if key in _KEYWORDS:
-        return [("any", _KEYWORDS[key], _texts(values))]
-    if key == "category":
-        paths = [path for value in _texts(values) for path in category_prefixes(value)[-1:]]
-        return [("any", "terms", [_term("category", path) for path in paths])]
-    if key == "in_stock":
-        # Flags are stored as 0 and 1: this engine matches no boolean, and says nothing.
-        return [("any", "in_stock", [int(value) for value in values if isinstance(value, bool)])]
-    if key in _NUMBERS:
-        equal = [
-            Range(gte=value, lte=value)
-            for value in values
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        ]
-        ranges = [*equal, *([within] if within else [])]
-        return [_range(_NUMBERS[key], bounds) for bounds in ranges] or [_points(tenant, ())]
-    name = key.removeprefix("attributes.")
-    if name == key or not name:
-        raise ValueError(f"no filter is known for {key!r}")
-    terms: list[Primitive] = [("any", "terms", [_term(key, value) for value in values])]
-    return [*terms, *([_range(f"numbers.{_number_key(name)}", within)] if within else [])]
-
-
-def _points(tenant: str, product_ids: Iterable[str]) -> Primitive:
-    return ("points", "", [point_id(tenant, product_id).bytes for product_id in product_ids])
-
-
-def _range(key: str, bounds: Range) -> Primitive:
-    return ("range", key, (bounds.gte, bounds.gt, bounds.lte, bounds.lt))
-
-
-def _texts(values: Iterable[Scalar]) -> list[str]:
-    return [value for value in values if isinstance(value, str)]
-
-
-def _terms(product: Product) -> list[str]:
-    terms = [_term(key, value) for key in sorted(_TERMS) if (value := getattr(product, key)) is not None]
-    terms += [_term("category", path) for path in category_prefixes(product.category)]
-    for name, value in product.attributes.items():
-        members: Sequence[Scalar] = value if isinstance(value, list) else [value]
-        terms += [_term(f"attributes.{name}", member) for member in members]
-    return terms
-
-
-def _term(key: str, value: Scalar) -> str:
-    """Return a filter key and value as one keyword. 12 and 12.0 are one value; 12, "12" and true are three."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps([key, value], ensure_ascii=False, separators=(",", ":"))
-
-
-def _number_key(name: str) -> str:
-    """Return a payload key without the dots, quotes and brackets that mean something in a JSON path."""
-    return "n" + blake2b(name.encode(), digest_size=8).hexdigest()
-
-
-def _identity(tenant: str, product_id: str) -> dict[str, Any]:
-    return {"point": point_id(tenant, product_id).bytes, "tenant": tenant, "product_id": product_id}
-
-
-def _stated_offer(offer: Offer) -> dict[str, Any]:
-    _known(offer.offer_version, "offer_version")
-    return offer.model_dump(include=set(_OFFER_FIELDS), exclude_unset=True)
-
-
-def _known(version: int | None, name: str) -> int:
-    if version is None:
-        raise ValueError(f"{name} must be set before a write")
-    return version
-
-
-def _packed(vector: SparseVector) -> tuple[bytes, bytes]:
-    values = np.asarray(vector.values, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise InvalidEvent("the lexical vector's weights are not finite")
-    return np.asarray(vector.indices, dtype=np.uint32).tobytes(), values.tobytes()
-
-
-def _present(**fields: object) -> dict[str, object]:
-    return {name: value for name, value in fields.items() if value is not None and value not in ([], {})}
-
-
-def _stored(payload: Mapping[str, Any]) -> StoredProduct:
-    content = from_json(payload["doc"])
-    return StoredProduct(
-        tenant=payload["tenant"],
-        product=Product.model_validate({**content, **payload["offer"], "version": payload["version"]}),
-        image_status=payload["image_status"],
-        image_error=payload.get("image_error"),
-        indexed_at=payload["indexed_at"],
-        vectors={name: np.frombuffer(data, dtype=np.float32) for name, data in payload.get("vectors", {}).items()},
-    )

@@ -4,15 +4,15 @@ Run by `EdgeIndex` as a script, so that it imports nothing of Catalens and stays
 length-prefixed pickles over an inherited socket pair, one call at a time: what a write reads, compares and writes
 is atomic. End of file on the socket means that the parent is gone, and ends this process too.
 
-A point's payload is `{tenant, product_id, state, version?, offer, in_stock?, indexed_at, doc?, …fields}`;
-`state` is `live`, `deleted` (a tombstone) or `offer` (an offer that waits for its product). Only live points have
-vectors, so that no search finds another and no tombstone weighs on BM25's idf.
+What a point's payload holds is written in `rules.py`. Only live points have vectors, so that no search finds another
+and no tombstone weighs on BM25's idf.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import pickle
@@ -29,10 +29,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID, uuid5
 
 import qdrant_edge as edge
+
+if TYPE_CHECKING:
+    from catalens.engines import rules
+    from catalens.engines.rules import Draft, Outcome, Payload, Rule
+else:
+    # By its path: what the file beside this one is called, without the package around it.
+    _spec = importlib.util.spec_from_file_location("rules", Path(__file__).with_name("rules.py"))
+    rules = sys.modules["rules"] = importlib.util.module_from_spec(_spec)  # dataclasses look their module up there
+    _spec.loader.exec_module(rules)
+    Draft = rules.Draft
 
 FORMAT: Final = 1
 """Version of the folder's layout; a release that changes it upgrades the folder or says what to do."""
@@ -61,8 +71,6 @@ _INDEXES: Final[Mapping[str, edge.PayloadSchemaType]] = {
     "offer.currency": edge.PayloadSchemaType.Keyword,
 }
 
-Payload: TypeAlias = dict[str, Any]  # JSON as the engine hands it out
-Outcome: TypeAlias = Literal["applied", "known", "superseded"]
 Plain: TypeAlias = tuple[list[list[tuple[Any, ...]]], list[tuple[Any, ...]]]
 """A filter: AND of ORs of primitives, and primitives of which none may match (see `EdgeIndex`)."""
 
@@ -73,16 +81,6 @@ class Refusal(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-
-
-@dataclass(slots=True)
-class Draft:
-    """A point while a batch is applied to it. `keeps`: the stored vectors stay, under the new `vectors`."""
-
-    payload: Payload
-    vectors: dict[str, Any] = field(default_factory=dict)
-    keeps: bool = True
-    changed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,46 +164,34 @@ class Store:
 
     def upsert(self, items: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         """Apply contents, and the offers that they carry, in order."""
-        return self._write(items, _put_content)
+        return self._write(items, rules.put_content)
 
     def update_images(self, items: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         """Apply pictures that arrived."""
-        return self._write(items, _put_image)
+        return self._write(items, rules.put_image)
 
     def update_offers(self, items: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         """Merge offers."""
-        return self._write(items, _put_offer)
+        return self._write(items, rules.put_offer)
 
     def delete(self, items: Sequence[Mapping[str, Any]]) -> list[Outcome]:
         """Leave tombstones."""
-        return self._write(items, _put_tombstone)
+        return self._write(items, rules.put_tombstone)
 
-    def _write(self, items: Sequence[Mapping[str, Any]], apply: Any) -> list[Outcome]:
+    def _write(self, items: Sequence[Mapping[str, Any]], rule: Rule) -> list[Outcome]:
         disk = os.statvfs(self._folder)
         if disk.f_bavail * disk.f_frsize < DISK_RESERVE:
             raise Refusal("full", f"less than {DISK_RESERVE >> 20} MiB are free for the index in {self._folder}")
         now = time.time()
         drafts = self._drafts(items)
-        outcomes: list[Outcome] = []
-        for item in items:
-            draft = drafts[UUID(bytes=item["point"])]
-            outcome: Outcome = apply(draft, item)
-            # A tombstone keeps the time of its deletion, whatever offers follow.
-            if draft.changed and (draft.payload["state"] != "deleted" or apply is _put_tombstone):
-                draft.payload["indexed_at"] = now
-            outcomes.append(outcome)
+        outcomes = [rules.apply(rule, drafts[UUID(bytes=item["point"])], item, now) for item in items]
         changed = {point: draft for point, draft in drafts.items() if draft.changed}
         if changed:
             self._commit(changed)
         return outcomes
 
     def _drafts(self, items: Sequence[Mapping[str, Any]]) -> dict[UUID, Draft]:
-        drafts = {
-            UUID(bytes=item["point"]): Draft(
-                {"tenant": item["tenant"], "product_id": item["product_id"], "state": "", "offer": {}}
-            )
-            for item in items
-        }
+        drafts = {UUID(bytes=item["point"]): Draft(rules.absent(item)) for item in items}
         for record in self._shard.retrieve(list(drafts), True, False):
             drafts[_uuid(record.id)].payload = record.payload or {}
         return drafts
@@ -215,7 +201,7 @@ class Store:
         kept = [point for point, draft in changed.items() if draft.keeps]
         stored: dict[UUID, Any] = {_uuid(r.id): r.vector for r in self._shard.retrieve(list(kept), False, True)}
         points = [
-            edge.Point(point, {**(stored.get(point) or {}), **draft.vectors}, draft.payload)
+            edge.Point(point, {**(stored.get(point) or {}), **_vectors(draft)}, draft.payload)
             for point, draft in changed.items()
         ]
         self._sequence += 1
@@ -314,6 +300,15 @@ class Store:
             if offset is None or used == wanted:
                 return sorted(used)
 
+    def export(self, after: bytes | None, limit: int, with_vectors: bool) -> list[Payload]:
+        """Return payloads of every kind in point id order; vectors as in `get`."""
+        first = int.from_bytes(after, "big") + 1 if after is not None else MARKER.int + 1
+        if first >> 128 or limit < 1:
+            return []
+        wanted = ["image", "text"] if with_vectors else False
+        request = edge.ScrollRequest(offset=UUID(int=first), limit=limit, with_payload=True, with_vector=wanted)
+        return [_with_vectors(record, with_vectors) for record in self._shard.scroll(request)[0]]
+
     def flush(self) -> None:
         """Write everything through to the disk."""
         self._shard.flush()
@@ -333,11 +328,7 @@ class Store:
         found: dict[UUID, Payload] = {}
         wanted = ["image", "text"] if with_vectors else False
         for record in self._shard.retrieve(list(live), True, wanted) if live else ():
-            payload = record.payload or {}
-            if with_vectors:
-                vectors: Any = record.vector or {}
-                payload["vectors"] = {name: array("f", values).tobytes() for name, values in vectors.items()}
-            found[_uuid(record.id)] = payload
+            found[_uuid(record.id)] = _with_vectors(record, with_vectors)
         return [found[point] for point in live]
 
     def _point(self, tenant: str, product_id: str) -> UUID:
@@ -393,68 +384,15 @@ class Store:
                 return
 
 
-# --- the rules of versions: pure, on one point ------------------------------------------------------------------
+# --- from and to the engine's own types ----------------------------------------------------------------------------
 
 
-def _compare(new: int, stored: int) -> Outcome:
-    if new > stored:
-        return "applied"
-    return "known" if new == stored else "superseded"
-
-
-def _put_content(draft: Draft, item: Mapping[str, Any]) -> Outcome:
-    outcome = _compare(item["version"], draft.payload.get("version", 0))
-    if outcome == "applied":
-        _replace(draft, "live", item["version"])
-        draft.payload.update(item["fields"])
-        draft.vectors = {
-            **{name: _dense(item[name]) for name in ("image", "text") if item[name] is not None},
-            **({"lexical": _sparse(item["lexical"])} if item["lexical"] is not None else {}),
-        }
-    # Content and offer are versioned apart: an older content may carry a newer offer.
-    if item["offer"] is not None:
-        _put_offer(draft, item)
-    return outcome
-
-
-def _put_tombstone(draft: Draft, item: Mapping[str, Any]) -> Outcome:
-    outcome = _compare(item["version"], draft.payload.get("version", 0))
-    if outcome == "applied":
-        _replace(draft, "deleted", item["version"])
-    return outcome
-
-
-def _put_offer(draft: Draft, item: Mapping[str, Any]) -> Outcome:
-    payload, offer = draft.payload, item["offer"]
-    outcome = _compare(offer["offer_version"], payload["offer"].get("offer_version", 0))
-    if outcome == "applied":
-        payload["offer"] = {**payload["offer"], **offer}
-        payload["state"] = payload["state"] or "offer"
-        payload.pop("in_stock", None)
-        stock = payload["offer"].get("stock")
-        if stock is not None:
-            payload["in_stock"] = int(stock > 0)
-        draft.changed = True
-    return outcome
-
-
-def _put_image(draft: Draft, item: Mapping[str, Any]) -> Outcome:
-    payload = draft.payload
-    if payload["state"] != "live" or payload["version"] != item["version"]:
-        return "superseded"
-    payload.pop("image_error", None)
-    payload.update(item["fields"])
-    if item["image"] is not None:
-        draft.vectors["image"] = _dense(item["image"])
-    draft.changed = True
-    return "applied"
-
-
-def _replace(draft: Draft, state: str, version: int) -> None:
-    kept = ("tenant", "product_id", "offer", "in_stock")
-    payload = {name: draft.payload[name] for name in kept if name in draft.payload}
-    draft.payload = {**payload, "state": state, "version": version}
-    draft.vectors, draft.keeps, draft.changed = {}, False, True
+def _with_vectors(record: edge.Record, with_vectors: bool) -> Payload:
+    payload = record.payload or {}
+    if with_vectors:
+        vectors: Any = record.vector or {}
+        payload["vectors"] = {name: array("f", values).tobytes() for name, values in vectors.items()}
+    return payload
 
 
 def _entry(payload: Payload) -> Entry:
@@ -465,6 +403,10 @@ def _entry(payload: Payload) -> Entry:
         payload.get("image_status") == "pending",
         payload["indexed_at"],
     )
+
+
+def _vectors(draft: Draft) -> dict[str, Any]:
+    return {name: _sparse(data) if name == "lexical" else _dense(data) for name, data in draft.vectors.items()}
 
 
 def _dense(data: bytes) -> list[float]:
@@ -502,10 +444,7 @@ def _lock(folder: Path) -> int:
             return handle
 
 
-WAY_OUT: Final = (
-    "import the catalogue again into an empty CATALENS_DATA_DIR (`catalens reindex`, which will do it in place, is not "
-    "built yet)"
-)
+WAY_OUT: Final = "make a new one of the event log by `catalens reindex --rebuild`"
 
 
 def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
@@ -530,7 +469,7 @@ def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
             "model",
             f"the index in {path.parent} was built by {name}, fingerprint {fingerprint}; the encoder is "
             f"{spec['id']} ({spec['revision']}), fingerprint {spec['fingerprint']}: "
-            f"set CATALENS_MODEL back, or {WAY_OUT}",
+            f"set CATALENS_MODEL back, or change the model by `catalens reindex --model NAME`",
         )
 
 

@@ -14,9 +14,12 @@ from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from pydantic import ValidationError
 from yarl import URL
 
+from catalens.domain import SeenPicture, sha256_hex
 from catalens.errors import ForbiddenUrl, InvalidPicture, NotFound, Transient
+from catalens.ports import FetchedPicture
 from catalens.settings import PictureSettings
 
 Lookup = Callable[[str, int], Sequence[str]]
@@ -150,6 +153,13 @@ class HttpImages:
 
     async def fetch(self, url: str) -> bytes:
         """Return the bytes; the port says what it raises. Waiting for a free slot does not count as time."""
+        fetched = await self.fetch_changed(url, None)
+        if fetched is None:
+            raise TypeError("a picture that nobody has seen cannot be unchanged")
+        return fetched.data
+
+    async def fetch_changed(self, url: str, seen: SeenPicture | None) -> FetchedPicture | None:
+        """Return the picture, or None if it is still the one that was `seen`; otherwise as fetch."""
         self.check(url)
         target = URL(url)
         host = target.raw_host or ""
@@ -159,18 +169,22 @@ class HttpImages:
         async with host_slots, self._slots:
             try:
                 async with asyncio.timeout(self._settings.fetch_timeout):
-                    return await self._follow(target)
+                    return await self._follow(target, seen)
             except TimeoutError as error:
                 raise Transient(f"{host} did not deliver within {self._settings.fetch_timeout:g} s") from error
             except (aiohttp.ClientError, OSError) as error:
                 raise Transient(f"{host} could not be reached: {error}") from error
 
-    async def _follow(self, url: URL) -> bytes:
+    async def _follow(self, url: URL, seen: SeenPicture | None) -> FetchedPicture | None:
         for _ in range(_MAX_REDIRECTS + 1):
-            async with self._session.get(url, allow_redirects=False) as response:
+            conditions = _conditions(seen) if seen is not None and str(url) == seen.url else {}
+            async with self._session.get(url, headers=conditions, allow_redirects=False) as response:
+                if response.status == 304 and conditions:  # unasked it is no answer
+                    return None
                 if response.status not in _REDIRECTS:
                     _expect_picture(response)
-                    return await self._read(response)
+                    data = await self._read(response)
+                    return FetchedPicture(data, _seen(url, data, response))
                 location = response.headers.get("Location", "")
             try:
                 url = url.join(URL(location))
@@ -210,6 +224,23 @@ def _literal(host: str) -> str | None:
     except ValueError as error:
         if ":" in host or _OLD_ADDRESS.fullmatch(host.removesuffix(".")):
             raise ForbiddenUrl("the URL's host is an address in an unusual spelling") from error
+        return None
+
+
+def _conditions(seen: SeenPicture) -> dict[str, str]:
+    """Return the headers that ask for the picture only if it is another one now; empty if that cannot be asked."""
+    headers = {"If-None-Match": seen.etag, "If-Modified-Since": seen.last_modified}
+    return {name: value for name, value in headers.items() if value is not None}
+
+
+def _seen(url: URL, data: bytes, response: aiohttp.ClientResponse) -> SeenPicture | None:
+    """Return what to remember of a picture; None if its host gave nothing to ask by, or nothing that is well formed."""
+    etag, last_modified = (response.headers.get(name) for name in ("ETag", "Last-Modified"))
+    if etag is None and last_modified is None:
+        return None
+    try:
+        return SeenPicture(url=str(url), sha256=sha256_hex(data), etag=etag, last_modified=last_modified)
+    except ValidationError:  # of a hostile host: nothing worth a word
         return None
 
 

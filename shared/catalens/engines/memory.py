@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from catalens.domain import SeenPicture
+
 if TYPE_CHECKING:
     from catalens.domain import Embedding
 
 
 class MemoryCache:
-    """An EmbeddingCache that keeps the `max_entries` vectors used last; for one event loop.
+    """An EmbeddingCache that keeps the `max_entries` vectors and pictures' addresses used last; for one event loop.
 
     What `get` returns is read-only and nobody else can change it.
     """
 
     def __init__(self, max_entries: int) -> None:
-        """Keep at most `max_entries` vectors; 0 keeps none."""
+        """Keep at most `max_entries` of each; 0 keeps none."""
         self._max_entries = max_entries
         self._entries: OrderedDict[str, Embedding] = OrderedDict()
+        self._seen: OrderedDict[str, SeenPicture] = OrderedDict()
         self._hits = 0
         self._misses = 0
 
@@ -48,6 +51,19 @@ class MemoryCache:
         while len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)
 
+    async def recall(self, url: str) -> SeenPicture | None:
+        """Return what was last remembered of the picture at `url`; a look-up counts as use."""
+        if url in self._seen:
+            self._seen.move_to_end(url)
+        return self._seen.get(url)
+
+    async def remember(self, url: str, seen: SeenPicture) -> None:
+        """Remember what the picture at `url` was; forgets what was not used for longest."""
+        self._seen[url] = seen
+        self._seen.move_to_end(url)
+        while len(self._seen) > self._max_entries:
+            self._seen.popitem(last=False)
+
     def stats(self) -> Mapping[str, int]:
         """Return hits, misses, entries."""
         return {"hits": self._hits, "misses": self._misses, "entries": len(self._entries)}
@@ -55,3 +71,4 @@ class MemoryCache:
     async def close(self) -> None:
         """Forget everything."""
         self._entries.clear()
+        self._seen.clear()

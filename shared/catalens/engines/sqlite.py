@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
+from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar
 
 from catalens.engines.folder import storage_error
@@ -29,9 +30,12 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def open_database(path: Path, schema: str, version: int) -> sqlite3.Connection:
+def open_database(
+    path: Path, schema: str, version: int, upgrades: Mapping[int, str] = MappingProxyType({})
+) -> sqlite3.Connection:
     """Open or create the WAL database at `path` with `schema` in `version`.
 
+    `upgrades` tells, for each older version that was ever released, what brings it to the next one.
     Raises Misconfigured if it is no such database or a newer release's, StorageFull, Transient.
     """
     with ExitStack() as undo:
@@ -44,6 +48,9 @@ def open_database(path: Path, schema: str, version: int) -> sqlite3.Connection:
                 connection.execute("PRAGMA journal_mode = WAL")
             if found == 0:
                 connection.executescript(f"BEGIN IMMEDIATE; {schema}; PRAGMA user_version = {version}; COMMIT")
+            for older in range(found, version) if found else ():
+                script = f"BEGIN IMMEDIATE; {upgrades[older]}; PRAGMA user_version = {older + 1}; COMMIT"
+                connection.executescript(script)
         except OSError as error:
             raise storage_error(error, f"{path.parent} cannot be created") from error
         except sqlite3.Error as error:

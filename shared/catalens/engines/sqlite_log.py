@@ -7,7 +7,7 @@ import json
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,13 +22,19 @@ from catalens import events
 from catalens.domain import Message, Offsets, Record, TopicPartition
 from catalens.engines.folder import FileLock
 from catalens.engines.sqlite import GroupWriter, connect, open_database, translate
-from catalens.errors import Misconfigured, Transient
+from catalens.errors import Conflict, Misconfigured, Transient
 from catalens.ports import RevokeCallback
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION: Final = 1
-_SCHEMA: Final = """
+SCHEMA_VERSION: Final = 2
+_COMPACTION: Final = """
+ALTER TABLE partitions ADD COLUMN compacted INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE newest (
+    partition INTEGER NOT NULL, key TEXT NOT NULL, offset INTEGER NOT NULL, PRIMARY KEY (partition, key)) WITHOUT ROWID
+"""
+"""Below `compacted` each key has one record left, whose offset `newest` tells."""
+_SCHEMA: Final = f"""
 CREATE TABLE partitions (
     id INTEGER PRIMARY KEY, topic TEXT NOT NULL, number INTEGER NOT NULL, next INTEGER NOT NULL DEFAULT 0,
     UNIQUE (topic, number));
@@ -37,22 +43,26 @@ CREATE TABLE records (
     headers TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (partition, offset));
 CREATE TABLE commits (
     consumers TEXT NOT NULL, partition INTEGER NOT NULL, offset INTEGER NOT NULL,
-    PRIMARY KEY (consumers, partition)) WITHOUT ROWID
-"""
+    PRIMARY KEY (consumers, partition)) WITHOUT ROWID;
+{_COMPACTION}"""
 _FETCH_BYTES: Final = 16 * 1024 * 1024
 """A fetch stops after the record that passes this, so that large events do not fill the memory."""
 _EXPIRY_CHUNK: Final = 1_000
 """Records dropped in one transaction, so that appends need not wait for long."""
+_SCAN_RECORDS: Final = 500
 _OUTCOME_SECONDS: Final = 3600.0
+_COMPACTION_LAG: Final = 24 * 3600.0
+"""A record that a newer one of its key replaces stays this long at least, however short the retention."""
 
 
 class SqliteEventLog:
     """An EventLog in one SQLite file, for one process; what it acknowledged survives kill -9 and power loss."""
 
-    def __init__(self, store: _Store, *, retention: float) -> None:
-        """Take over what `open` opened; `retention` in seconds."""
+    def __init__(self, store: _Store, *, retention: float, dead_letters: float) -> None:
+        """Take over what `open` opened; `retention` and `dead_letters` in seconds."""
         self._store = store
         self._retention = retention
+        self._dead_letters = dead_letters
         self._consumers: set[SqliteConsumer] = set()
         self._groups: dict[str, _Group] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -66,13 +76,15 @@ class SqliteEventLog:
         topics: Collection[str] = events.TOPICS,
         partitions: Mapping[str, int] | None = None,
         retention_hours: float = 24 * 7,
+        dead_letter_days: float = 21,
     ) -> SqliteEventLog:
         """Open or create the log at `path`; a topic has 1 partition unless `partitions` says more, and never loses one.
 
         Raises Misconfigured if somebody else has the file open or a newer release wrote it, StorageFull, Transient.
         """
         wanted = [(topic, number) for topic in topics for number in range((partitions or {}).get(topic, 1))]
-        return cls(await _Store.open(path, wanted), retention=retention_hours * 3600)
+        store = await _Store.open(path, wanted)
+        return cls(store, retention=retention_hours * 3600, dead_letters=dead_letter_days * 86_400)
 
     async def append(self, messages: Sequence[Message]) -> Sequence[tuple[TopicPartition, int]]:
         """Append in order; see EventLog.append. A call that was cancelled has appended all of it or nothing."""
@@ -82,8 +94,7 @@ class SqliteEventLog:
         self, group: str | None, topics: Sequence[str], *, on_revoke: RevokeCallback | None = None
     ) -> SqliteConsumer:
         """Join `group`; returns when the partitions are dealt, so after the other members' `on_revoke`."""
-        if self._closed:
-            raise Transient("the event log is closed")
+        self._refuse_if_closed()
         places = frozenset(place for topic in topics for place in self._store.partitions(topic))
         if group is None:
             reader = SqliteConsumer(self._store, None, places, None, self._left)
@@ -109,16 +120,62 @@ class SqliteEventLog:
     async def expire(self, now: float) -> int:
         """Drop what is older than the retention and read by every group of its topic; return how many records.
 
-        A group counts that is joined or ever committed on the topic; a topic without any keeps everything. Dead letters
-        are kept for ever, outcomes for an hour whoever reads them. Offsets go on. `now` in Unix seconds.
+        A group counts that is joined or ever committed on the topic; a topic without any keeps everything. Of products
+        and offers only what a newer record of its key has replaced goes, once that one is old enough and read as well.
+        Dead letters go by their own age, outcomes after an hour, whoever reads them. `now` in Unix seconds.
         """
         dropped = 0
         for place in self._store.everywhere():
-            if place.topic == events.OUTCOMES:
+            if place.topic in events.COMPACTED:
+                cutoff = now - max(self._retention, _COMPACTION_LAG)
+                dropped += await self._store.compact(place, self._read_by_all(place), cutoff)
+            elif place.topic == events.OUTCOMES:
                 dropped += await self._store.drop(place, self._store.ends[place], now - _OUTCOME_SECONDS)
-            elif place.topic != events.DEAD_LETTERS:
+            elif place.topic == events.DEAD_LETTERS:
+                dropped += await self._store.drop(place, self._store.ends[place], now - self._dead_letters)
+            else:
                 dropped += await self._store.drop(place, self._read_by_all(place), now - self._retention)
         return dropped
+
+    def scan(self, topics: Sequence[str], *, start: Offsets | None = None) -> AsyncIterator[Record]:
+        """Iterate what is there now, one partition after the other; see EventLog.scan."""
+        self._refuse_if_closed()
+        ends = {place: self._store.ends[place] for topic in topics for place in self._store.partitions(topic)}
+        return self._scan(ends, start or {})
+
+    async def _scan(self, ends: Offsets, start: Offsets) -> AsyncIterator[Record]:
+        for place, end in ends.items():
+            position = start.get(place, 0)
+            while position < end:
+                self._refuse_if_closed()
+                ((_, records),) = await self._store.read([_Want(place, position, end)], _SCAN_RECORDS)
+                for record in records:
+                    if record.offset < end:
+                        yield record
+                position = records[-1].offset + 1 if records else end
+
+    async def discard(self, before: Offsets) -> None:
+        """Drop, per partition, every record below the offset, read or not."""
+        for place, offset in before.items():
+            self._store.check(place)
+            await self._store.drop(place, offset, float("inf"))
+
+    async def committed(self, group: str, topics: Sequence[str]) -> Mapping[TopicPartition, int]:
+        """Return where `group` goes on, per partition."""
+        return {place: self._store.start(group, place) for topic in topics for place in self._store.partitions(topic)}
+
+    async def set_committed(self, group: str, offsets: Offsets) -> None:
+        """Durably store where `group` goes on; raises Conflict while it has members."""
+        for place in offsets:
+            self._store.check(place)
+        if await self.members(group):
+            raise Conflict(f"the group {group} has members: stop them first")
+        if offsets:
+            await self._store.commit(group, offsets)
+
+    async def members(self, group: str) -> int:
+        """Return how many consumers are in `group` now."""
+        return len(self._groups[group].members) if group in self._groups else 0
 
     async def close(self) -> None:
         """Finish the appends that were taken, close the consumers, let go of the file; may be called twice."""
@@ -131,12 +188,17 @@ class SqliteEventLog:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._store.close()
 
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise Transient("the event log is closed")
+
     def _appended(self, places: Collection[TopicPartition]) -> None:
         for consumer in self._consumers:
             consumer.wake(places)
 
     def _read_by_all(self, place: TopicPartition) -> int:
-        groups = self._store.groups(place.topic)
+        # A reindex that nobody runs holds nothing back: it knows how to go on without (docs/adr/0011).
+        groups = {name for name in self._store.groups(place.topic) if not name.startswith(events.REINDEX_GROUPS)}
         groups |= {name for name, group in self._groups.items() if group.reads(place)}
         return min((self._store.start(group, place) for group in groups), default=0)
 
@@ -359,7 +421,7 @@ class _Store:
             with ExitStack() as undo:
                 lock = FileLock(path.with_name(f"{path.name}.lock"))
                 undo.callback(lock.release)
-                database = open_database(path, _SCHEMA, SCHEMA_VERSION)
+                database = open_database(path, _SCHEMA, SCHEMA_VERSION, upgrades={1: _COMPACTION})
                 undo.callback(database.close)
                 try:
                     database.execute("BEGIN IMMEDIATE")
@@ -397,6 +459,11 @@ class _Store:
         except KeyError:
             known = ", ".join(sorted(self._topics))
             raise Misconfigured(f"topic {topic!r} does not exist; those that do: {known}") from None
+
+    def check(self, place: TopicPartition) -> None:
+        """Raise Misconfigured unless `place` exists."""
+        if place not in self.partitions(place.topic):
+            raise Misconfigured(f"topic {place.topic!r} has no partition {place.partition}")
 
     def everywhere(self) -> list[TopicPartition]:
         return [place for places in self._topics.values() for place in places]
@@ -489,26 +556,73 @@ class _Store:
         return found
 
     async def drop(self, place: TopicPartition, before: int, cutoff: float) -> int:
-        """Drop the records of `place` below offset `before` and taken before `cutoff`; return how many."""
+        """Drop the records of `place` below offset `before` up to the first one not taken before `cutoff`."""
 
-        def delete(database: sqlite3.Connection) -> int:
+        def delete(database: sqlite3.Connection) -> tuple[int, int]:
+            identity = self._ids[place]
             rows = database.execute(
                 "SELECT offset, timestamp FROM records WHERE partition = ? AND offset < ? ORDER BY offset LIMIT ?",
-                (self._ids[place], before, _EXPIRY_CHUNK),
+                (identity, before, _EXPIRY_CHUNK),
             ).fetchall()
-            kept = next((index for index, (_, taken) in enumerate(rows) if taken >= cutoff), len(rows))
-            if kept:
-                last = rows[kept - 1][0]
-                database.execute("DELETE FROM records WHERE partition = ? AND offset <= ?", (self._ids[place], last))
-            return kept
-
-        def deleted(count: int) -> None:
-            self._earliest[place] += count  # offsets have no gaps
+            count = next((index for index, (_, taken) in enumerate(rows) if taken >= cutoff), len(rows))
+            if count:
+                last = rows[count - 1][0]
+                database.execute("DELETE FROM records WHERE partition = ? AND offset <= ?", (identity, last))
+            return count, self._first(database, place)
 
         total = 0
-        while count := await self._writer.write(delete, deleted):
+        while count := (await self._writer.write(delete, partial(self._dropped, place)))[0]:
             total += count
         return total
+
+    async def compact(self, place: TopicPartition, before: int, cutoff: float) -> int:
+        """Go on through the records below offset `before` and taken before `cutoff`: each drops the older of its key.
+
+        So nothing is looked at twice, and appends pay nothing for it.
+        """
+
+        def replace(database: sqlite3.Connection) -> tuple[int, int, bool]:
+            identity = self._ids[place]
+            rows = database.execute(
+                "SELECT offset, key, timestamp FROM records WHERE partition = ? AND offset < ?"
+                " AND offset >= (SELECT compacted FROM partitions WHERE id = ?) ORDER BY offset LIMIT ?",
+                (identity, before, identity, _EXPIRY_CHUNK),
+            ).fetchall()
+            count = 0
+            following: int | None = None
+            for offset, key, taken in rows:
+                if taken >= cutoff:
+                    break
+                following = offset + 1
+                older = database.execute(
+                    "SELECT offset FROM newest WHERE partition = ? AND key = ?", (identity, key)
+                ).fetchone()
+                if older is not None:
+                    count += database.execute(
+                        "DELETE FROM records WHERE partition = ? AND offset = ?", (identity, older[0])
+                    ).rowcount
+                database.execute("INSERT OR REPLACE INTO newest VALUES (?, ?, ?)", (identity, key, offset))
+            if following is not None:
+                database.execute("UPDATE partitions SET compacted = ? WHERE id = ?", (following, identity))
+            return count, self._first(database, place), following is not None
+
+        total, more = 0, True
+        while more:
+            count, _, more = await self._writer.write(replace, lambda found: self._dropped(place, found[:2]))
+            total += count
+        return total
+
+    def _first(self, database: sqlite3.Connection, place: TopicPartition) -> int:
+        """Return the earliest offset that is left, -1 if none is."""
+        (earliest,) = database.execute(
+            "SELECT min(offset) FROM records WHERE partition = ?", (self._ids[place],)
+        ).fetchone()
+        return -1 if earliest is None else int(earliest)
+
+    def _dropped(self, place: TopicPartition, found: tuple[int, int]) -> None:
+        count, earliest = found
+        if count:
+            self._earliest[place] = self.ends[place] if earliest < 0 else earliest
 
     async def close(self) -> None:
         await asyncio.to_thread(self._reading.shutdown)

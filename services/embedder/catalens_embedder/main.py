@@ -1,0 +1,79 @@
+"""The embedder as a process: `catalens-embedder`. Its HTTP side has probes and metrics only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import structlog
+
+from catalens.domain import DEFAULT_TENANT, Filter, Leg
+from catalens.engines import EngineRoom
+from catalens.errors import CatalensError
+from catalens.generations import Encoders, Generation, Generations
+from catalens.lifecycle import run_service, stop_on_signals, supervise
+from catalens.retry import SystemClock
+from catalens.settings import Settings
+from catalens.telemetry import Metrics
+from catalens.web import build_app, serving
+from catalens_embedder.housekeeping import keep_house
+from catalens_embedder.shifts import work
+from catalens_embedder.worker import Embedder
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(settings: Settings) -> None:
+    """Turn events into vectors until SIGTERM or SIGINT, then drain, commit and leave the group.
+
+    Raises as EngineRoom, Generations.open and `serving`, and FailingWorker when too much ends as dead letters.
+    """
+    metrics = Metrics()
+    async with (
+        stop_on_signals() as stop,
+        EngineRoom(settings) as room,
+        Generations.open(settings, Encoders(settings, metrics), await room.indexes()) as generations,
+    ):
+        indexes, events = await room.indexes(), await room.log()
+        cache, blobs, images = await room.cache(), await room.blobs(), await room.images()
+
+        def employ(generation: Generation) -> Embedder:
+            return Embedder(
+                log=events,
+                index=generation.index,
+                encoder=generation.encoder,
+                cache=cache,
+                blobs=blobs,
+                images=images,
+                settings=settings,
+                metrics=metrics,
+                clock=SystemClock(),
+            )
+
+        async def ready() -> Mapping[str, str]:
+            try:
+                with generations.use() as generation:
+                    vector = await generation.encoder.embed_text("ready")
+                    await generation.index.search(DEFAULT_TENANT, [Leg("text", vector, 1)], Filter())
+            except CatalensError as error:
+                return {"embedder": str(error)}
+            return {"embedder": "ok"}
+
+        app = build_app([], settings, metrics, ready=ready, title="Catalens embedder")
+        async with serving(app, settings) as url:
+            tasks = {
+                "embedder": work(generations, indexes, employ, stop),
+                "generations": generations.follow(stop),
+                "housekeeping": keep_house(generations, events, blobs, settings, SystemClock(), stop),
+            }
+            log.info("process.ready", service="embedder", url=url, model=generations.current.info.spec.id)
+            await supervise(tasks, stop, drain_deadline=settings.embedder.drain_deadline + 5)
+    log.info("process.stopped")
+
+
+def main() -> None:
+    """Run the service; the command `catalens-embedder`."""
+    run_service("catalens-embedder", serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The ingest service as a process: `catalens-ingest`. It needs a log, a picture store and no model runtime."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from catalens.encoders.bundle import load_bundle, resolve
+from catalens.engines import EngineRoom
+from catalens.lifecycle import run_service, stop_on_signals, supervise
+from catalens.settings import Settings
+from catalens.telemetry import Metrics
+from catalens.web import build_app, serving
+from catalens_ingest.service import BundleInfo, IngestService
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(settings: Settings) -> None:
+    """Take events over HTTP until SIGTERM or SIGINT, then drain; raises as EngineRoom and `serving`."""
+    metrics = Metrics()
+    bundle = await asyncio.to_thread(lambda: load_bundle(resolve(settings.model, settings.data_dir)))
+    spec = bundle.spec(settings.encoder.precision)
+    async with stop_on_signals() as stop, EngineRoom(settings) as room:
+        ingest = IngestService(
+            log=await room.log(),
+            blobs=await room.blobs(),
+            images=await room.images(),
+            memory=await room.memory(),
+            bundle=lambda: BundleInfo(spec.family, spec.dimension),
+            settings=settings,
+            metrics=metrics,
+        )
+        app = build_app(ingest.operations(), settings, metrics, ready=ingest.ready, title="Catalens ingest")
+        async with serving(app, settings) as url:
+            log.info("process.ready", service="ingest", url=url)
+            await supervise({"ingest": ingest.run(stop)}, stop, drain_deadline=settings.embedder.drain_deadline)
+    log.info("process.stopped")
+
+
+def main() -> None:
+    """Run the service; the command `catalens-ingest`."""
+    run_service("catalens-ingest", serve)
+
+
+if __name__ == "__main__":
+    main()

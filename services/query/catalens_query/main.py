@@ -1,0 +1,55 @@
+"""The query service as a process: `catalens-query`. It reads the index and never writes it."""
+
+from __future__ import annotations
+
+import structlog
+
+from catalens.engines import EngineRoom
+from catalens.generations import Encoders, Generation, Generations
+from catalens.lifecycle import run_service, stop_on_signals, supervise
+from catalens.settings import Settings
+from catalens.telemetry import Metrics
+from catalens.web import build_app, serving
+from catalens_query.current import CurrentQuery
+from catalens_query.service import QueryService
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(settings: Settings) -> None:
+    """Answer searches until SIGTERM or SIGINT, then finish those in work; raises as `Generations.open`."""
+    metrics = Metrics()
+    async with (
+        stop_on_signals() as stop,
+        EngineRoom(settings) as room,
+        Generations.open(settings, Encoders(settings, metrics), await room.indexes()) as generations,
+    ):
+        cache, blobs, images, events = await room.cache(), await room.blobs(), await room.images(), await room.log()
+
+        def build(generation: Generation) -> QueryService:
+            return QueryService(
+                index=generation.index,
+                encoder=generation.encoder,
+                cache=cache,
+                blobs=blobs,
+                images=images,
+                log=events,
+                settings=settings,
+                metrics=metrics,
+            )
+
+        query = CurrentQuery(generations, build)
+        app = build_app(query.operations(), settings, metrics, ready=query.ready, title="Catalens query")
+        async with serving(app, settings) as url:
+            log.info("process.ready", service="query", url=url, model=generations.current.info.spec.id)
+            await supervise({"generations": generations.follow(stop)}, stop, drain_deadline=5.0)
+    log.info("process.stopped")
+
+
+def main() -> None:
+    """Run the service; the command `catalens-query`."""
+    run_service("catalens-query", serve)
+
+
+if __name__ == "__main__":
+    main()
