@@ -58,7 +58,7 @@ class LogSettings(Section):
 
     retention_hours: Annotated[float, Field(gt=0)] = Field(
         default=24 * 7,
-        description="records that every group has read are kept this long; retry topics on Kafka keep theirs as long",
+        description="the embedded log keeps what every group has read this long, and each product's newest for ever",
     )
     dead_letter_days: Annotated[float, Field(gt=0)] = Field(
         default=21, description="dead letters are kept, and can be replayed, this long; at least 7 below tombstone_days"

@@ -58,7 +58,8 @@ def wanted(settings: Settings) -> tuple[Topic, ...]:
 
     kafka, log = settings.kafka, settings.log
     deleted: dict[str, float] = {
-        **dict.fromkeys(events.RETRIES, log.retention_hours),
+        # Longer than a retry can still be applied, so that the worker which comes back late says that it is expired.
+        **dict.fromkeys(events.RETRIES, (log.dead_letter_days + 7) * 24),
         events.DEAD_LETTERS: log.dead_letter_days * 24,
         events.OUTCOMES: 1,
     }

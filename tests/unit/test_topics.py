@@ -14,11 +14,11 @@ from catalens.topics import Topic
 HOUR = 3_600_000
 
 
-def settings(*, retention_hours: float = 168, dead_letter_days: float = 21, **kafka: float) -> Settings:
+def settings(*, dead_letter_days: float = 21, **kafka: float) -> Settings:
     return Settings(
         _env_file=None,
         kafka=KafkaSettings.model_validate({"partitions": 6, **kafka}),
-        log=LogSettings(retention_hours=retention_hours, dead_letter_days=dead_letter_days),
+        log=LogSettings(dead_letter_days=dead_letter_days),
     )
 
 
@@ -37,7 +37,7 @@ def test_every_topic_is_wanted_as_the_contract_says() -> None:
         assert (wanted[name].partitions, wanted[name].config["cleanup.policy"]) == (6, "compact")
         assert wanted[name].config["min.compaction.lag.ms"] == str(24 * HOUR)
         assert wanted[name].config["max.message.bytes"] == str(8 * 1024 * 1024)
-    kept = {events.DEAD_LETTERS: 21 * 24, events.OUTCOMES: 1, **dict.fromkeys(events.RETRIES, 168)}
+    kept = {events.DEAD_LETTERS: 21 * 24, events.OUTCOMES: 1, **dict.fromkeys(events.RETRIES, 28 * 24)}
     for name, hours in kept.items():
         assert wanted[name].config["cleanup.policy"] == "delete"
         assert wanted[name].config["retention.ms"] == str(hours * HOUR)
@@ -105,10 +105,10 @@ def test_fewer_partitions_are_refused_naming_every_topic() -> None:
 def test_a_shorter_retention_is_refused_and_a_longer_one_taken() -> None:
     with pytest.raises(Misconfigured, match=r"catalog\.dlq keeps records for 21 days and only 14 days"):
         topics.plan(topics.wanted(settings(dead_letter_days=14)), there(settings()))
-    with pytest.raises(Misconfigured, match=r"catalog\.retry\.10s keeps records for 7 days and only 1 days"):
-        topics.plan(topics.wanted(settings(retention_hours=24)), there(settings()))
-    longer = topics.plan(topics.wanted(settings(retention_hours=240)), there(settings()))
-    assert {action.topic for action in longer if action.kind == "change"} == set(events.RETRIES)
+    with pytest.raises(Misconfigured, match=r"catalog\.retry\.10s keeps records for 28 days and only 21 days"):
+        topics.plan(topics.wanted(settings(dead_letter_days=14)), there(settings()))
+    longer = topics.plan(topics.wanted(settings(dead_letter_days=22)), there(settings()))
+    assert {action.topic for action in longer if action.kind == "change"} == {*events.RETRIES, events.DEAD_LETTERS}
 
 
 def test_records_kept_for_ever_stay_for_ever() -> None:
