@@ -213,6 +213,8 @@ def _terms(word: str) -> tuple[tuple[int, float], ...]:
 
 
 def _fold(word: str) -> str:
+    if word.isascii():
+        return word
     decomposed = unicodedata.normalize("NFKD", word.translate(_LETTERS))
     return "".join(character for character in decomposed if not "\u0300" <= character <= "\u036f")
 

@@ -27,6 +27,7 @@ from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
 from catalens_embedder import letters
 from catalens_embedder.worker import Embedder
+from catalens_ingest import dead_letters
 from catalens_ingest.service import BundleInfo, IngestService
 
 TINY = Path(__file__).parent.parent / "fixtures" / "bundles" / "tiny"
@@ -263,6 +264,22 @@ async def test_a_foreign_record_in_the_topic_is_a_letter_too(office: Office) -> 
     assert (await office.call("DELETE", "/0-0"))[0] == 200
 
 
+async def test_an_events_own_headers_neither_hide_its_letter_nor_resolve_another(office: Office) -> None:
+    await office.bury(record("a"), record("b", dlq_resolves="0-0", dlq_resolution="purged"))
+    assert [(letter["product_id"], letter["state"]) for letter in await office.listed()] == [("a", "open"), ("b", "open")]
+
+
+async def test_the_list_has_but_the_beginning_of_what_an_event_states(office: Office) -> None:
+    long = "x" * 100_000
+    await office.engines.log.append(
+        [Message(events.DEAD_LETTERS, long, b"1", {name: long for name in ("dlq_reason", "dlq_topic", "ce_type")})]
+    )
+    (letter,) = await office.listed()
+    assert [len(letter[name]) for name in ("product_id", "reason", "topic", "type")] == [512] * 4
+    status, shown = await office.call("GET", "/0-0")
+    assert (status, shown["headers"]["ce_type"]) == (200, long)
+
+
 async def test_each_key_sees_and_moves_its_own_tenants_letters_only(tmp_path: Path) -> None:
     keys = {"default": "d" * 16, "other": "o" * 16}
     api_keys = tuple(ApiKey(name=name, secret=SecretStr(key), tenant=name) for name, key in keys.items())
@@ -406,6 +423,16 @@ async def test_a_purge_marks_and_drops_what_is_resolved_from_the_beginning_on(of
     assert [letter["product_id"] for letter in await office.listed("state=all")][-1] == "d"
     await office.call("DELETE", f"/{(await office.listed())[0]['id']}")
     assert [found.headers.get("dlq_reason") for found in await office.topic(events.DEAD_LETTERS)] in ([], [None])
+
+
+async def test_what_the_list_has_no_room_for_is_not_dropped(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dead_letters, "_MOST", 2)
+    await office.bury(*(record(name) for name in "abcd"))
+    assert [letter["id"] for letter in await office.listed()] == ["0-2", "0-3"]
+    for name in ("0-2", "0-3"):
+        assert (await office.call("DELETE", f"/{name}"))[0] == 200
+    kept = [found.key for found in await office.topic(events.DEAD_LETTERS) if "dlq_reason" in found.headers]
+    assert kept[:2] == ["default|a", "default|b"]
 
 
 async def test_a_letter_that_another_process_dropped_is_gone(office: Office) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import sys
 from bisect import bisect_right, insort
 from collections import defaultdict, deque
@@ -39,11 +40,13 @@ from catalens_ingest.models import (
 
 log = structlog.get_logger(__name__)
 
+_REASON: Final = "dlq_reason"
 _RESOLVES: Final = "dlq_resolves"
 _RESOLUTION: Final = "dlq_resolution"
 _OURS: Final = ("dlq_", "retry_")
 _ERROR_SHOWN: Final = 300
-"""Characters of a letter's error in the list; the letter itself has all of it."""
+_TEXT_SHOWN: Final = 512
+"""Characters of a letter's error, and of what else its event states, in the list; the letter itself has all of it."""
 _FRESH_SECONDS: Final = 5.0
 """A call about a letter that is known relies on what was read of the topic this long ago."""
 _MOST: Final = 200_000
@@ -119,6 +122,8 @@ class DeadLetters:
         self._unresolved: defaultdict[int, deque[int]] = defaultdict(deque)
         """Offsets by partition, in order; those in front may be resolved by now."""
         self._discarded: dict[int, int] = {}
+        self._unlisted: dict[int, int] = {}
+        """The first offset, by partition, of an open letter for which the list had no room: it stays in the topic."""
         self._caught_up = float("-inf")
         self._reading = asyncio.Lock()
         self._ahead: dict[_Place, Record] = {}
@@ -296,7 +301,8 @@ class DeadLetters:
 
     def _fold(self, record: Record) -> None:
         resolved = record.headers.get(_RESOLVES)
-        if resolved is None:
+        # A letter has the headers of its event, and those may say anything.
+        if resolved is None or _REASON in record.headers:
             letter = _letter(record)
             self._letters[record.partition, record.offset] = letter
             insort(self._order, letter.key)
@@ -309,11 +315,13 @@ class DeadLetters:
 
     def _forget_old(self) -> None:
         """Drop what the log drops about now as well, and what is too much."""
-        oldest = (self._now() - self._days * _DAY, 0, 0)
-        gone = max(bisect_right(self._order, oldest), len(self._order) - _MOST)
-        for _, partition, offset in self._order[: max(0, gone)]:
-            del self._letters[partition, offset]
-        del self._order[: max(0, gone)]
+        expired = bisect_right(self._order, (self._now() - self._days * _DAY, 0, 0))
+        gone = max(expired, len(self._order) - _MOST)
+        for number, (_, partition, offset) in enumerate(self._order[:gone]):
+            letter = self._letters.pop((partition, offset))
+            if number >= expired and letter.state == "open":
+                self._unlisted[partition] = min(offset, self._unlisted.get(partition, offset))
+        del self._order[:gone]
 
     async def _read(self, letter: _Letter) -> Record:
         """Return the letter's record, and keep those behind it for the next calls."""
@@ -345,7 +353,7 @@ class DeadLetters:
             partition, waiting = place.partition, self._unresolved[place.partition]
             while waiting and not self._is_open(partition, waiting[0]):
                 waiting.popleft()
-            before = waiting[0] if waiting else end
+            before = min(waiting[0] if waiting else end, self._unlisted.get(partition, end))
             if before - self._discarded.get(partition, 0) < (_DISCARD if waiting else 1):
                 continue
             await self._log.discard({place: before})
@@ -366,11 +374,11 @@ def _letter(record: Record) -> _Letter:
         partition=record.partition,
         offset=record.offset,
         tenant=sys.intern(tenant),
-        reason=sys.intern(headers.get("dlq_reason", "unknown")),
+        reason=sys.intern(headers.get(_REASON, "unknown")[:_TEXT_SHOWN]),
         error=sys.intern(headers.get("dlq_error", "")[:_ERROR_SHOWN]),
-        type=sys.intern(headers.get("ce_type", "")),
-        product_id=record.key.removeprefix(f"{tenant}|"),
-        topic=sys.intern(headers.get("dlq_topic", "")),
+        type=sys.intern(headers.get("ce_type", "")[:_TEXT_SHOWN]),
+        product_id=record.key.removeprefix(f"{tenant}|")[:_TEXT_SHOWN],
+        topic=sys.intern(headers.get("dlq_topic", "")[:_TEXT_SHOWN]),
         origin=(_number(headers.get("dlq_partition")), _number(headers.get("dlq_offset"))),
         attempts=_number(headers.get("dlq_attempts")),
         failed_at=record.timestamp,
@@ -414,7 +422,9 @@ def _again(record: Record, letter: _Letter) -> Message:
 
 def _data(value: bytes) -> dict[str, object]:
     try:
-        return {"data": from_json(value, allow_inf_nan=False)}
+        data = from_json(value, allow_inf_nan=False)
+        json.dumps(data, allow_nan=False)  # 1e999 is JSON and too large for a number: the answer could not say it
+        return {"data": data}
     except ValueError:
         return {"base64": base64.b64encode(value).decode()}
 

@@ -152,7 +152,7 @@ class DeadLetter(Value):
     )
     error: str = Field(description="in the list its first 300 characters")
     type: str = Field(description="the event's; empty if it states none")
-    product_id: str = Field(description="or the record's whole key, if that is no product's")
+    product_id: str = Field(description="or the record's key, if that is no product's: its first 512 characters")
     tenant: str
     topic: str = Field(description="where the event first stood")
     partition: int
