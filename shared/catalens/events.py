@@ -139,7 +139,7 @@ def decode(record: Record) -> ProductEvent:
     kind = headers.get("ce_type", "")
     model = _MODELS.get(kind)
     if model is None:
-        raise InvalidEvent(f"unknown event type {kind!r}")
+        raise InvalidEvent(f"unknown event type {kind[:128]!r}")
     try:
         tenant = _TENANT.validate_python(headers.get("ce_tenant", DEFAULT_TENANT))
         data = model.model_validate(from_json(record.value, allow_inf_nan=False))

@@ -113,7 +113,7 @@ class ProblemDetails(BaseModel):
 _PROBLEM_TEXT: Final[Mapping[int, str]] = {
     400: "Malformed: broken or too deeply nested JSON, NaN, wrong encoding, a broken form",
     401: "An API key is needed and none, or an unknown one, was sent",
-    403: "Not from here: another site's page, or a foreign Host on a service without API keys",
+    403: "Not from here: another site's page, or a foreign Host on a service without API keys; or not with this key",
     404: "Does not exist",
     408: "The body came too slowly",
     409: "The Idempotency-Key was used with another request, or the state of things forbids this one",

@@ -39,7 +39,8 @@ class RetryPolicy:
 
     def delay(self, failures: int) -> float:
         """Return the wait after that many failures (1, 2, …)."""
-        return float(min(self.longest, self.first * 2 ** (failures - 1)))
+        # Not more doublings than a float takes: an engine may be away for hours.
+        return float(min(self.longest, self.first * 2 ** min(failures - 1, 60)))
 
 
 async def with_retries(call: Callable[[], Awaitable[T]], policy: RetryPolicy, clock: Clock, *, what: str) -> T:

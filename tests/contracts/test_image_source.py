@@ -355,6 +355,19 @@ async def test_a_broken_connection_and_a_body_cut_short_are_tried_again(at: At) 
             await images.fetch("http://127.0.0.1:1/refused")
 
 
+async def test_what_is_no_http_is_tried_again_and_the_error_has_no_url() -> None:
+    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"what?\r\n\r\n")
+        writer.close()
+
+    async with source() as images, await asyncio.start_server(babble, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Transient) as caught:
+            await images.fetch(f"http://127.0.0.1:{port}/a.png?signature=secret")
+    assert "secret" not in str(caught.value)
+
+
 async def test_a_packing_nobody_asked_for_and_we_do_not_know_is_no_picture(at: At) -> None:
     async with source() as images:
         with pytest.raises(InvalidPicture):

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]  # it has no py.typed
+from aiokafka.protocol.group import LeaveGroupRequest  # type: ignore[import-untyped]  # it has no py.typed
 from aiokafka.record.util import calc_crc32c  # type: ignore[import-untyped]  # it has no py.typed
 from pydantic import SecretStr
 from tests.kafka import PASSWORD, USER, Kafka, create_topics, kafka_settings, need_kafka
@@ -436,6 +437,35 @@ async def test_who_leaves_while_the_group_comes_together_holds_up_nobody(broker:
         async with asyncio.timeout(LONG):
             while not await first.fetch(1, 1):
                 pass
+
+
+async def test_who_was_put_out_of_the_group_commits_nothing_even_if_nobody_is_left_in_it(
+    broker: Kafka, log: KafkaEventLog, topic: str
+) -> None:
+    """A broker takes what somebody without a membership commits for a group that is empty."""
+    group = f"group-{topic}"
+    await log.append(numbered(topic, 0, 100))
+    seen: list[Record] = []
+    revoked, drained = asyncio.Event(), asyncio.Event()
+
+    async def drain(partitions: Collection[TopicPartition]) -> None:
+        revoked.set()
+        await drained.wait()
+        await consumer.commit({record.source: record.offset + 1 for record in seen})
+
+    consumer = await log.subscribe(group, [topic], on_revoke=drain)
+    async with asyncio.timeout(LONG):
+        while len(seen) < 100:
+            seen += await consumer.fetch(100, 1)
+        coordinator = consumer.client._coordinator  # noqa: SLF001  # as if its session had ended
+        leave = LeaveGroupRequest(group, coordinator.member_id)
+        await consumer.client._client.send(coordinator.coordinator_id, leave)  # noqa: SLF001
+        await revoked.wait()
+        assert await log.members(group) == 0
+        drained.set()
+        while not await consumer.fetch(100, 1):  # it has joined again, and gets again what it has not committed
+            pass
+    assert set((await log.committed(group, [topic])).values()) == {0}
 
 
 async def test_a_cancelled_fetch_does_not_hide_that_the_worker_hangs(log: KafkaEventLog, topic: str) -> None:

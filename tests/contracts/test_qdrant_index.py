@@ -319,6 +319,24 @@ async def test_numeric_attributes_beyond_the_limit_get_no_index(
 
 # --- the order of pages -------------------------------------------------------------------------------------------
 
+
+async def test_a_page_may_begin_after_an_id_longer_than_all_that_are_stored(
+    pair: tuple[QdrantIndex, QdrantIndex],
+) -> None:
+    writer, reader = pair
+
+    async def following(after: str) -> list[str]:
+        found = await reader.page(SHOP, after=after, limit=10, where=ALL)
+        return [stored.product.product_id for stored in found]
+
+    await writer.upsert([document("a"), document("b")])
+    for length in (39, 40, 41, 128):
+        assert await following("a" * length) == ["b"]
+    await writer.upsert([document("a" * 127), document("a" * 100)])
+    assert await following("a" * 99) == ["a" * 100, "a" * 127, "b"]
+    assert await following("a" * 126) == ["a" * 127, "b"]
+
+
 IDS = st.text("ABYZabyz059._:-", min_size=1, max_size=128)
 
 

@@ -23,6 +23,7 @@ from catalens.engines.sqlite_log import SqliteEventLog
 COMMAND = (sys.executable, "-m", "catalens_standalone.cli", "dlq")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 POISON = 12
+STEERING = "\x1b]0;owned\x07\x9b31m"
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -39,7 +40,8 @@ async def _poisoned(path: Path) -> None:
         for n in range(POISON)
     ]
     bad = [Message(events.PRODUCTS, f"default|x{n}", b'{"name": %d}' % n, upserted) for n in range(POISON - 1)]
-    await log.append([*good, *bad, Message(events.PRODUCTS, "default|y", b"\xff", deleted)])
+    worst = Message(events.PRODUCTS, f"default|y{STEERING}", b"\xff", {**deleted, "x": STEERING})
+    await log.append([*good, *bad, worst])
     await log.close()
 
 
@@ -97,7 +99,12 @@ def test_letters_are_listed_shown_replayed_and_purged(run: Run) -> None:
     done = run("show", y)
     assert "base64: /w==" in done.stdout
     assert "dlq_offset" in done.stdout
+    assert "y\\u001b]0;owned" in done.stdout
     assert json.loads(run("show", letters[3], "--json").stdout)["data"] == {"name": 3}
+
+    for shown in (run("list"), run("list", "--json"), run("show", y), run("show", y, "--json")):
+        assert not any(sign in shown.stdout for sign in "\x1b\x07\x9b")
+    assert json.loads(run("show", y, "--json").stdout)["headers"]["x"] == STEERING
 
     done = run("replay", letters[0], letters[0], letters[1])
     assert (done.returncode, done.stdout) == (0, "replayed: 2\nresolved before: 1\n")
@@ -155,3 +162,5 @@ def test_on_a_terminal_it_is_a_table(run: Run, server: Standalone, tmp_path: Pat
     assert process.wait(timeout=60) == 0
     assert "failed at" in drawn.decode()
     assert "invalid_event" in drawn.decode()
+    assert "y\\u001b]0;owned" in drawn.decode()
+    assert "\x1b]0;" not in drawn.decode()

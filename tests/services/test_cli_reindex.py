@@ -89,6 +89,17 @@ def test_the_model_changes_while_the_process_runs_and_back_offline(data_dir: Pat
         assert [line.split("\t")[1] for line in dropped.stdout.splitlines()] == ["first"]
 
 
+def test_a_tenant_changes_nothing_that_belongs_to_all(data_dir: Path, run: Run) -> None:
+    keys = {tenant: tenant * 16 for tenant in ("default", "shop", "rival")}
+    told = json.dumps([{"name": tenant, "secret": key, "tenant": tenant} for tenant, key in keys.items()])
+    with Standalone(data_dir, CATALENS_MODEL="first", CATALENS_API_KEYS=told) as server:
+        for asked in (("--rebuild",), ("--drop", "x"), ("--model", "second")):
+            refused = run("reindex", *asked, CATALENS_URL=server.url, CATALENS_API_KEY=keys["rival"])
+            assert (refused.returncode, "belong to all tenants" in refused.stderr) == (1, True)
+        done = run("reindex", "--rebuild", CATALENS_URL=server.url, CATALENS_API_KEY=keys["default"])
+        assert done.returncode == 0, done.stderr
+
+
 def test_a_reindex_goes_on_by_itself_after_a_kill(data_dir: Path, run: Run, tmp_path: Path) -> None:
     server = Standalone(data_dir)
     server.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -488,6 +488,58 @@ async def test_workers_that_do_not_stand_aside_stop_the_switch_not_the_shop(
         assert not await place.indexes.held()
         await deaf.close()
         assert (await place.reindex("second")).model == "second"
+
+
+async def test_a_second_run_waits_and_does_not_let_the_workers_go_on(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reindex, "_LEAVE_SECONDS", 1.0)
+    async with installation(settings) as place:
+        await filled(place, 5)
+        async with between(place, monkeypatch) as met:
+            with pytest.raises(Conflict, match="another reindex"):
+                await place.reindex("second", rebuild=True)
+            assert await place.indexes.held()
+            met.set()
+        assert place.generations.current.info.model == "second"
+
+
+async def test_workers_that_went_on_before_the_switch_prevent_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with installation(settings) as place:
+        await filled(place, 5)
+        with pytest.raises(CatalensError, match="nothing was switched"):
+            async with between(place, monkeypatch) as met:
+                await place.indexes.hold(False)
+                met.set()
+        assert place.generations.current.info.model == "first"
+        assert (await place.reindex("second")).model == "second"
+
+
+@asynccontextmanager
+async def between(place: Installation, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[asyncio.Event]:
+    """Change to `second`; the block runs when no worker works any more, and the switch goes on when it sets the event.
+
+    Raises what the change raises.
+    """
+    committed, reached, met = place.engines.log.committed, asyncio.Event(), asyncio.Event()
+
+    async def stopped(group: str, topics: Sequence[str]) -> Mapping[TopicPartition, int]:
+        found = await committed(group, topics)
+        if group == events.EMBEDDER_GROUP and await place.indexes.held():
+            reached.set()
+            await met.wait()
+        return found
+
+    monkeypatch.setattr(place.engines.log, "committed", stopped)
+    change = asyncio.create_task(place.reindex("second"), name="reindex")
+    try:
+        await reached.wait()
+        yield met
+    finally:
+        met.set()
+    await change
 
 
 async def test_a_process_loads_the_current_model_unless_another_is_set(settings: Settings) -> None:

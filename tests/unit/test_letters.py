@@ -58,6 +58,12 @@ def test_a_dead_letter_keeps_the_bytes_and_says_where_they_came_from() -> None:
     }
 
 
+@pytest.mark.parametrize("told", ["9" * 5000, "-1", "²", ""])
+def test_a_number_of_attempts_that_cannot_be_is_none(told: str) -> None:
+    record = Record("catalog.products", 2, 41, "k", b"", {"retry_attempt": told}, 0.0)
+    assert letters.dead_letter(record, "invalid_event", "x").headers["dlq_attempts"] == "1"
+
+
 def test_the_first_arrival_goes_along_with_retries_and_dead_letter() -> None:
     record = stored(events.encode(event()), 7, timestamp=1000.25)
     for now in (2000.0, 3000.0):

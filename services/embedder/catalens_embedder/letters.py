@@ -43,7 +43,7 @@ def origin(record: Record) -> Origin:
         for name, own in zip(events.ORIGIN, (record.topic, record.partition, record.offset), strict=True)
     )
     attempts = headers.get(ATTEMPT, "0")
-    return Origin(topic, partition, offset, int(attempts) if attempts.isdecimal() else 0)
+    return Origin(topic, partition, offset, int(attempts) if attempts.isdecimal() and len(attempts) < 10 else 0)
 
 
 def due(record: Record) -> float:

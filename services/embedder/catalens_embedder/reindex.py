@@ -135,7 +135,9 @@ class Reindexer:
         With `rebuild` a new one is made from the log alone, even if the current one is of that model. Raises Conflict
         (another run is at it), FailingWorker, Transient and CatalensError (workers that do not leave).
         """
-        await self._indexes.hold(False)  # a run that was killed may have left it; the workers need not wait so long
+        if not await self._wait(self._alone, _LEAVE_SECONDS):
+            raise Conflict("another reindex is under way: wait until it has ended")
+        await self._indexes.hold(False)  # a run that was killed may have left it
         current = await self._indexes.current()
         target = await self._target(model, current, rebuild=rebuild)
         if target == current and not rebuild:
@@ -194,8 +196,6 @@ class Reindexer:
 
     async def _begin(self, target: IndexInfo, group: str, source: VectorIndex | None) -> Notes:
         """Return where the work goes on, with the group's offsets set to where the log must be read from."""
-        if not await self._wait(lambda: self._nobody_in(group), _LEAVE_SECONDS):
-            raise Conflict(f"another reindex works on {target.name}: wait until it has ended")
         notes = Notes.read(await self._indexes.notes(target))
         if notes is None:
             # All that was committed by now is in the current index, or further on in a retry topic.
@@ -335,6 +335,10 @@ class Reindexer:
             raise CatalensError("the new index does not catch up, nothing was switched: run the same command again")
         stop.set()
         await worker
+        # Another run, or a worker that was thought dead, may have come between: what was committed since would be lost.
+        reached = await self._committed(events.EMBEDDER_GROUP)
+        if not (await self._indexes.held() and await self._indexes.current() == (current or target) and await level()):
+            raise CatalensError("the workers went on meanwhile, nothing was switched: run the same command again")
         for info in (target, *([] if current is None else [current])):
             await self._note(info, Notes("complete", self._clock.now(), "", offsets=_text(reached)))
         await self._indexes.switch(target)
@@ -342,6 +346,11 @@ class Reindexer:
 
     async def _committed(self, group: str) -> Mapping[TopicPartition, int]:
         return await self._retried(lambda: self._log.committed(group, events.CONSUMED), "committed")
+
+    async def _alone(self) -> bool:
+        """Return whether no other run is at work, on whatever index: it may be about to switch."""
+        groups = [events.REINDEX_GROUPS + info.name for info in await self._retried(self._indexes.all, "indexes")]
+        return all([await self._nobody_in(group) for group in groups])
 
     async def _nobody_in(self, group: str) -> bool:
         return await self._retried(lambda: self._log.members(group), "members") == 0

@@ -424,9 +424,9 @@ def _data(value: bytes) -> dict[str, object]:
     try:
         data = from_json(value, allow_inf_nan=False)
         json.dumps(data, allow_nan=False)  # 1e999 is JSON and too large for a number: the answer could not say it
-        return {"data": data}
     except ValueError:
         return {"base64": base64.b64encode(value).decode()}
+    return {"data": data}
 
 
 def _place(name: str) -> _Place | None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from catalens.errors import CatalensError
 from catalens_standalone import cli_dlq, cli_reindex, cli_topics
+from catalens_standalone.terminal import printable
 
 # Everything heavy is imported inside the commands, so that --help and search answer at once.
 # ruff: noqa: PLC0415
@@ -413,7 +414,7 @@ async def _search(settings: Settings, body: dict[str, Any], *, as_json: bool) ->
     async with _client(settings) as client:
         answer = await client.search(body)
         if as_json:
-            typer.echo(json.dumps(answer, ensure_ascii=False, indent=2))
+            typer.echo(printable(json.dumps(answer, ensure_ascii=False, indent=2)))
             return
         console = Console()
         results = answer["results"]
@@ -430,7 +431,7 @@ async def _search(settings: Settings, body: dict[str, Any], *, as_json: bool) ->
                 _price(hit),
                 hit.get("category"),
             )
-            typer.echo("\t".join(" ".join((cell or "").split()) for cell in cells))
+            typer.echo("\t".join(printable(" ".join((cell or "").split())) for cell in cells))
         return
     if not results:
         console.print("Nothing found.")
@@ -453,9 +454,11 @@ def _results(results: list[dict[str, Any]], pictures: list[Any]) -> Table:
     table.add_column("price", justify="right", no_wrap=True)
     table.add_column("category")
     for rank, hit in enumerate(results, start=1):
-        name = Text(hit.get("name") or "", style="bold").append(f"\n{hit['product_id']}", style="dim not bold")
+        name = Text(printable(hit.get("name") or ""), style="bold")
+        name.append(f"\n{hit['product_id']}", style="dim not bold")
+        category = Text(printable(hit.get("category") or ""))
         picture = [pictures[rank - 1]] if pictures else []
-        table.add_row(str(rank), *picture, f"{hit['score']:.3f}", name, _price(hit), Text(hit.get("category") or ""))
+        table.add_row(str(rank), *picture, f"{hit['score']:.3f}", name, _price(hit), category)
     return table
 
 
@@ -536,7 +539,7 @@ def _errors() -> Console:
 def _plain(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
 
 
 def _near(path: Path) -> Path:

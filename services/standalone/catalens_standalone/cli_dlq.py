@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import typer
 from rich.console import Console
 
+from catalens_standalone.terminal import printable
+
 # Everything heavy is imported inside the commands, so that --help answers at once.
 # ruff: noqa: PLC0415
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def list_letters(
     asked = _filters(reason, topic, type_, product_id, since, until) | {"state": state.value}
     found, more = _run(_listed(asked, limit))
     if as_json:
-        typer.echo(json.dumps({"dead_letters": found}, ensure_ascii=False, indent=2))
+        typer.echo(printable(json.dumps({"dead_letters": found}, ensure_ascii=False, indent=2)))
         return
     _show_list(found, state=state)
     if more:
@@ -80,7 +82,7 @@ def show(
     """Show a dead letter with its headers and data."""
     letter = _run(_one(letter_id))
     if as_json:
-        typer.echo(json.dumps(letter, ensure_ascii=False, indent=2))
+        typer.echo(printable(json.dumps(letter, ensure_ascii=False, indent=2)))
         return
     from rich.table import Table
     from rich.text import Text
@@ -90,10 +92,10 @@ def show(
     body = json.dumps(letter.pop("data"), ensure_ascii=False, indent=2) if "data" in letter else f"base64: {data}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in (*letter.items(), *((f"  {name}", value) for name, value in sorted(headers.items()))):
-        table.add_row(Text(str(name), style="dim"), Text(str(value)))
+        table.add_row(Text(printable(str(name)), style="dim"), Text(printable(str(value))))
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(Text(body))
+    console.print(Text(printable(body)))
 
 
 @app.command()
@@ -204,10 +206,10 @@ class _Tally:
         """Print what failed: the first by name, all of them by reason."""
         console = _errors()
         for name, error in list(self.failed.items())[:_FAILURES_SHOWN]:
-            console.print(f"{name}: {error}", style="red", markup=False, soft_wrap=True)
+            console.print(f"{name}: {printable(error)}", style="red", markup=False, soft_wrap=True)
         if len(self.failed) > _FAILURES_SHOWN:
             for error, count in Counter(self.failed.values()).most_common():
-                console.print(f"{count:,} letters: {error}", style="red", markup=False, soft_wrap=True)
+                console.print(f"{count:,} letters: {printable(error)}", style="red", markup=False, soft_wrap=True)
         if self.failed:
             console.print(f"could not {verb}: {len(self.failed):,}")
 
@@ -294,7 +296,7 @@ def _show_list(found: list[dict[str, Any]], *, state: State) -> None:
     names = ("id", "failed_at", "reason", "product_id", "type", "attempts", "state", "error")
     if not console.is_terminal:
         for letter in found:
-            typer.echo("\t".join(" ".join(str(letter.get(name, "")).split()) for name in names))
+            typer.echo("\t".join(printable(" ".join(str(letter.get(name, "")).split())) for name in names))
         return
     if not found:
         console.print("No dead letters." if state in (State.OPEN, State.ALL) else f"None was {state.value}.")
@@ -309,10 +311,10 @@ def _show_list(found: list[dict[str, Any]], *, state: State) -> None:
     table.add_column("error", overflow="fold", ratio=1)
     for letter in found:
         failed_at = str(letter.get("failed_at", ""))[:19].replace("T", " ")
-        told = Text(str(letter.get("error", "")))
+        told = Text(printable(str(letter.get("error", ""))))
         if letter.get("state") != "open":
             told = Text(f"{letter.get('state')} ", style="dim").append_text(told)
-        cells = (str(letter.get(name, "")) for name in ("reason", "product_id"))
+        cells = (printable(str(letter.get(name, ""))) for name in ("reason", "product_id"))
         table.add_row(Text(str(letter.get("id", ""))), failed_at, *(Text(cell) for cell in cells), told)
     console.print(table)
 

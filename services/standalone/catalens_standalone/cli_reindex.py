@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from catalens.errors import CatalensError
+from catalens_standalone.terminal import printable
 
 # Everything heavy is imported inside the commands, so that --help answers at once.
 # ruff: noqa: PLC0415
@@ -186,7 +187,7 @@ async def _reconcile(settings: Settings, source: Any, *, repair: bool) -> bool:
         with _Bar() as bar:
             left = await reconciler.repair(bar.show)
         for told in left:
-            typer.echo(told, err=True)
+            typer.echo(printable(told), err=True)
         return not left
 
 
@@ -198,7 +199,7 @@ def _printer() -> Callable[[Finding], None]:
         nonlocal shown
         shown += 1
         if shown <= _SHOWN:
-            typer.echo(f"{finding.kind}\t{finding.product_id}\t{finding.told}".rstrip())
+            typer.echo(printable(f"{finding.kind}\t{finding.product_id}\t{finding.told}".rstrip()))
         elif shown == _SHOWN + 1:
             typer.echo("…")
 

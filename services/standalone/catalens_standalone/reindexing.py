@@ -11,7 +11,7 @@ import structlog
 from aiohttp import web
 from pydantic import Field, StringConstraints, ValidationError
 
-from catalens.domain import Value
+from catalens.domain import DEFAULT_TENANT, Value
 from catalens.encoders.bundle import read_manifest, resolve
 from catalens.engines import Engines
 from catalens.errors import CatalensError, Conflict, Misconfigured, Transient
@@ -19,7 +19,7 @@ from catalens.generations import Encoders, Generations
 from catalens.openapi import Operation
 from catalens.ports import Clock, Indexes
 from catalens.settings import Settings
-from catalens.web import invalid, read_json, reply
+from catalens.web import Problem, invalid, read_json, reply, tenant_of
 from catalens_embedder.reindex import Progress, Reindexer, drop
 
 log = structlog.get_logger(__name__)
@@ -91,7 +91,8 @@ class Reindexing:
         """Return the rows of the HTTP table that only the standalone process has."""
         return [
             Operation("POST", "/api/v1/reindex", self._start, "Change the model, or rebuild the index", "indexes",
-                      "ingest", description="Queries are answered by the old index until the new one is complete.",
+                      "ingest", description="Queries are answered by the old index until the new one is complete. "
+                      "Where keys are of several tenants, it takes one of the tenant `default`.",
                       body=ReindexRequest, responses={202: ReindexState}, problems=(409,)),
             Operation("GET", "/api/v1/reindex", self._show, "How far the reindex is", "indexes", "ingest",
                       responses={200: ReindexState}),
@@ -160,6 +161,7 @@ class Reindexing:
     # --- the operations -----------------------------------------------------------------------------------
 
     async def _start(self, request: web.Request) -> web.Response:
+        self._let_in(request)
         wanted = await read_json(request, ReindexRequest)
         if self._asked.is_set():
             if wanted != self._wanted:
@@ -188,10 +190,17 @@ class Reindexing:
         return reply(IndexList(indexes=found))
 
     async def _drop(self, request: web.Request) -> web.Response:
+        self._let_in(request)
         if self._asked.is_set():
             raise Conflict("a reindex is under way: wait until it has ended")
         await drop(self._indexes, request.match_info["name"])
         return await self._list(request)
+
+    def _let_in(self, request: web.Request) -> None:
+        """Where there are several tenants, keep each from what concerns them all."""
+        own = tenant_of(request)
+        if own != DEFAULT_TENANT and any(key.tenant != own for key in self._settings.api_keys):
+            raise Problem(403, f"indexes belong to all tenants: send a key of the tenant {DEFAULT_TENANT}")
 
     # --- the note that outlives the process ---------------------------------------------------------------
 

@@ -172,6 +172,8 @@ class HttpImages:
                     return await self._follow(target, seen)
             except TimeoutError as error:
                 raise Transient(f"{host} did not deliver within {self._settings.fetch_timeout:g} s") from error
+            except aiohttp.ClientResponseError as error:  # its text has the URL, in which there may be a signature
+                raise Transient(f"{host} does not speak HTTP as it should") from error
             except (aiohttp.ClientError, OSError) as error:
                 raise Transient(f"{host} could not be reached: {error}") from error
 

@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, cast
 from uuid import UUID
 
@@ -418,8 +418,12 @@ class QdrantIndex:
         if after is None:
             return await self._run(base, [], count)
         keys = order_keys(after)
+        if f"order.l{len(keys) - 1}" not in self._indexed:
+            await self._refresh()
+        # An id that long makes its indexes before it is written: below a level that has none, nobody is.
+        known = list(takewhile(lambda level: f"order.l{level}" in self._indexed, range(len(keys))))
         # Deepest first: what has most of its beginning in common with `after` follows it first.
-        levels = reversed(range(len(keys)))
+        levels = reversed(known)
         runs = await side_by_side(self._run(base, keys[:level], count, above=keys[level]) for level in levels)
         return list(chain.from_iterable(runs))[:count]
 
