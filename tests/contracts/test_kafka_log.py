@@ -6,12 +6,13 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NoReturn
 from uuid import uuid4
 
 import pytest
 from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]  # it has no py.typed
+from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it has no py.typed
 from aiokafka.protocol.group import LeaveGroupRequest  # type: ignore[import-untyped]  # it has no py.typed
 from aiokafka.record.util import calc_crc32c  # type: ignore[import-untyped]  # it has no py.typed
 from pydantic import SecretStr
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from catalens import events, topics
 from catalens.domain import Message, Product, Record, TopicPartition
-from catalens.engines.kafka import KafkaEventLog
+from catalens.engines.kafka import KafkaConsumer, KafkaEventLog
 from catalens.errors import InvalidEvent, Misconfigured, Transient
 from catalens.settings import Settings
 from catalens_standalone import cli_topics
@@ -457,15 +458,62 @@ async def test_who_was_put_out_of_the_group_commits_nothing_even_if_nobody_is_le
     async with asyncio.timeout(LONG):
         while len(seen) < 100:
             seen += await consumer.fetch(100, 1)
-        coordinator = consumer.client._coordinator  # noqa: SLF001  # as if its session had ended
+        coordinator = consumer.client._coordinator  # as if its session had ended
         leave = LeaveGroupRequest(group, coordinator.member_id)
-        await consumer.client._client.send(coordinator.coordinator_id, leave)  # noqa: SLF001
+        await consumer.client._client.send(coordinator.coordinator_id, leave)
         await revoked.wait()
         assert await log.members(group) == 0
         drained.set()
         while not await consumer.fetch(100, 1):  # it has joined again, and gets again what it has not committed
             pass
     assert set((await log.committed(group, [topic])).values()) == {0}
+
+
+async def test_a_heartbeat_that_failed_is_no_end_of_the_membership(log: KafkaEventLog, topic: str) -> None:
+    """aiokafka does not go on with it after an answer that it does not know."""
+    consumer = await log.subscribe(f"group-{topic}", [topic])
+    await log.append(numbered(topic, 0, 1))
+    async with asyncio.timeout(LONG):
+        while not await consumer.fetch(10, 1):
+            pass
+        coordinator = consumer.client._coordinator
+        beat = coordinator._do_heartbeat
+
+        async def unknown() -> bool:
+            coordinator._do_heartbeat = beat
+            raise KafkaError("unexpected")
+
+        coordinator._do_heartbeat = unknown
+        with pytest.raises(Transient, match="unexpected"):
+            await for_ever(consumer)
+        await log.append(numbered(topic, 1, 1))
+        seen: list[int] = []
+        while 1 not in seen:
+            with suppress(Transient):  # it may be told more than once
+                seen += values(await consumer.fetch(10, 1))
+    assert await log.members(f"group-{topic}") == 1
+
+
+async def test_a_consumer_that_fetches_no_more_says_so(log: KafkaEventLog, topic: str) -> None:
+    consumer = await log.subscribe(f"group-{topic}", [topic])
+    await log.append(numbered(topic, 0, 1))
+    async with asyncio.timeout(LONG):
+        while not await consumer.fetch(10, 1):
+            pass
+
+        def broken(_: Any) -> None:
+            raise ValueError("a bug")
+
+        consumer.client._fetcher._get_actions_per_node = broken
+        await log.append(numbered(topic, 1, 2))
+        with pytest.raises(RuntimeError, match="stopped fetching"):
+            await for_ever(consumer)
+    await consumer.close()
+
+
+async def for_ever(consumer: KafkaConsumer) -> NoReturn:
+    while True:
+        await consumer.fetch(10, 1)
 
 
 async def test_a_cancelled_fetch_does_not_hide_that_the_worker_hangs(log: KafkaEventLog, topic: str) -> None:

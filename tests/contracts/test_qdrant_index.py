@@ -111,6 +111,17 @@ async def test_indexes_lie_side_by_side(indexes: QdrantIndexes) -> None:
     assert (await again.counts(SHOP)).products == 1
 
 
+async def test_the_indexes_of_another_installation_are_not_ours(
+    indexes: QdrantIndexes, qdrant_settings: QdrantSettings
+) -> None:
+    longer = qdrant_settings.model_copy(update={"collection": f"{qdrant_settings.collection}-too"})
+    neighbour = await QdrantIndexes.connect(longer)
+    await neighbour.open(NEXT)
+    await neighbour.close()
+    await indexes.open(INFO)
+    assert list(await indexes.all()) == [INFO]
+
+
 async def test_a_switch_is_seen_by_everybody_and_forgets_the_hold(
     indexes: QdrantIndexes, elsewhere: QdrantIndexes
 ) -> None:

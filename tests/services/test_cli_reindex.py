@@ -183,3 +183,19 @@ def settled(run: Run, here: dict[str, str]) -> None:
         "asyncio.run(main())"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(Path(), **here), check=True, timeout=60)
+
+
+def test_what_cannot_be_deleted_keeps_nothing_else_from_repair(data_dir: Path, run: Run, tmp_path: Path) -> None:
+    with Standalone(data_dir, CATALENS_MODEL="first") as server:
+        here = {"CATALENS_URL": server.url}
+        extra = [{"product_id": name, "name": "green", "version": 2**63 - 1 if name == "a-last" else 1}
+                 for name in ("a-last", "b-extra")]  # fmt: skip
+        everything = catalogue(tmp_path / "all.jsonl", [*shop(version=5), *extra])
+        assert run("import", "--wait", everything, **here).returncode == 0
+        export = catalogue(tmp_path / "shop.jsonl", shop(version=5))
+        repaired = run("reconcile", "--repair", export, **here)
+        assert repaired.returncode == 1
+        assert "a-last: is extra" in repaired.stderr
+        while "b-extra" in (again := run("reconcile", export, **here)).stdout:
+            time.sleep(0.05)  # polls a real process
+        assert again.stdout == f"extra\ta-last\n{PRODUCTS:,} equal\n1 extra\n"

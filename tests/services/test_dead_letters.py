@@ -436,6 +436,23 @@ async def test_what_the_list_has_no_room_for_is_not_dropped(office: Office, monk
     assert kept[:2] == ["default|a", "default|b"]
 
 
+async def test_reading_a_long_topic_takes_the_memory_of_the_list(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "_MOST", 2)
+    held = []
+    fold = dead_letters.DeadLetters._fold
+
+    def counted(self: dead_letters.DeadLetters, found: Record) -> None:
+        fold(self, found)
+        held.append(len(self._letters))
+
+    monkeypatch.setattr(dead_letters.DeadLetters, "_fold", counted)
+    await office.bury(*(record(str(number)) for number in range(20)))
+    assert [letter["id"] for letter in await office.listed()] == ["0-18", "0-19"]
+    assert (len(held), max(held)) == (20, 4)
+
+
 async def test_a_letter_that_another_process_dropped_is_gone(office: Office) -> None:
     await office.bury(record("a"))
     (letter,) = await office.listed()

@@ -8,7 +8,7 @@ import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from catalens.domain import (
 )
 from catalens.encoders import open_encoder
 from catalens.engines import Engines, open_engines
-from catalens.errors import StorageFull, Transient
+from catalens.errors import InvalidEvent, Misconfigured, StorageFull, Transient
 from catalens.events import EventData
 from catalens.ports import EncodedImage, Encoder, EventConsumer
 from catalens.settings import EmbedderSettings, EncoderSettings, LogSettings, PictureSettings, Settings
@@ -366,12 +366,14 @@ async def test_inline_data_that_is_no_base64_is_a_dead_letter(world: World) -> N
 async def test_newest_wins_and_deleted_stays_deleted(world: World) -> None:
     async with world.worker():
         await world.send(Product(product_id="a", name="Second", version=2))
+        await world.idle()  # of two batches either may be served first
         await world.send(Product(product_id="a", name="First", version=1))
         await world.idle()
         stored = await world.find("a")
         assert stored is not None
         assert stored.product.name == "Second"
         await world.send(Deletion(product_id="a", version=3))
+        await world.idle()
         await world.send(Product(product_id="a", name="Second again", version=2))
         await world.idle()
         assert await world.find("a") is None
@@ -597,6 +599,58 @@ async def test_an_unreadable_picture_is_tried_again_without_its_batch(
         await world.idle()
     assert (await world.engines.index.counts("default")).products == 11
     assert world.counted(events.UPSERTED, "retried") == 1
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["poison", "refused by the index"])
+async def test_an_event_too_large_to_be_sent_on_ends_as_a_letter_without_its_data(
+    world: World, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """It came compressed, say, which is how a topic's limit measures it."""
+    append, upsert = world.engines.log.append, world.engines.index.upsert
+    large = Product(product_id="x", name="Large", description="x" * 10_000, version=1)
+    message = replace(events.encode(events.new_event(large, "default", event_id="e")), key="default|x" + 20_000 * "x")
+    headers = {**message.headers, "note": "x" * 10_000}
+    await append([replace(message, headers=headers, value=message.value if refused else b"{" * 10_000)])
+    await world.send(Product(product_id="p", name="Good", version=1))
+
+    async def limited(messages: Sequence[Message]) -> Sequence[tuple[TopicPartition, int]]:
+        if any(len(one.value) + len(one.key) + len("".join(one.headers.values())) > 9_000 for one in messages):
+            raise InvalidEvent("the event is larger than its topic takes")
+        return await append(messages)
+
+    async def refusing(documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
+        if refused and any(document.product.product_id == "x" for document in documents):
+            raise Transient("internal error")
+        return await upsert(documents)
+
+    monkeypatch.setattr(world.engines.log, "append", limited)
+    monkeypatch.setattr(world.engines.index, "upsert", refusing)
+    async with world.worker():
+        await world.idle()
+    (letter,) = await world.dead_letters()
+    assert letter.headers["dlq_reason"] == ("engine_refuses" if refused else "invalid_event")
+    assert letter.headers["dlq_error"].startswith("too large to be kept")
+    assert (letter.headers["ce_id"], letter.headers["dlq_offset"], letter.value) == ("e", "0", b"")
+    assert await world.find("p")
+
+
+async def test_a_log_that_refuses_us_ends_the_worker_with_that_very_error(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribe = world.engines.log.subscribe
+
+    async def refused(max_records: int, timeout: float) -> Sequence[Record]:
+        raise Misconfigured("not authorised")
+
+    async def refusing(*arguments: Any, **options: Any) -> EventConsumer:
+        consumer = await subscribe(*arguments, **options)
+        monkeypatch.setattr(consumer, "fetch", refused)
+        return consumer
+
+    monkeypatch.setattr(world.engines.log, "subscribe", refusing)
+    with pytest.raises(Misconfigured):
+        async with world.worker() as worker:
+            await asyncio.wait([worker])
 
 
 # --- engines that are away --------------------------------------------------------------------------------

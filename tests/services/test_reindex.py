@@ -20,12 +20,12 @@ from tests.pictures import encode, plain
 from tests.qdrant_server import QdrantServer
 
 from catalens import events, lexical
-from catalens.domain import Deletion, ImageRef, IndexInfo, OfferChange, PointState, Product
+from catalens.domain import Deletion, ImageRef, IndexInfo, OfferChange, PointState, Product, TopicPartition
 from catalens.engines import EngineRoom, Engines
 from catalens.engines.edge import EdgeIndex
-from catalens.errors import CatalensError, Conflict, ModelMismatch, NotFound
+from catalens.errors import CatalensError, Conflict, ModelMismatch, NotFound, Transient
 from catalens.generations import Encoders, Generation, Generations
-from catalens.ports import Indexes, VectorIndex
+from catalens.ports import EventConsumer, Indexes, VectorIndex
 from catalens.retry import SystemClock
 from catalens.settings import EmbedderSettings, EncoderSettings, QdrantSettings, Settings
 from catalens.telemetry import Metrics
@@ -490,6 +490,47 @@ async def test_workers_that_do_not_stand_aside_stop_the_switch_not_the_shop(
         assert (await place.reindex("second")).model == "second"
 
 
+@pytest.mark.parametrize("settings", ["embedded"], indirect=True)
+async def test_a_log_that_is_away_after_a_switch_is_waited_for(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with installation(settings) as place:
+        await filled(place, 5)
+        await place.indexes.hold(True)
+        while await place.engines.log.members(events.EMBEDDER_GROUP):
+            await asyncio.sleep(0.05)
+        subscribe, tries = place.engines.log.subscribe, iter([Transient("away")])
+
+        async def away(*arguments: Any, **options: Any) -> EventConsumer:
+            for error in tries:
+                raise error
+            return await subscribe(*arguments, **options)
+
+        monkeypatch.setattr(place.engines.log, "subscribe", away)
+        await place.send(Product(product_id="late", name="red", version=1))
+        await place.indexes.hold(False)
+        await place.idle()
+        assert await place.generations.current.index.get("default", ["late"])
+
+
+@pytest.mark.parametrize("settings", ["embedded"], indirect=True)
+async def test_a_worker_that_nobody_can_call_off_any_more_ends(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken() -> bool:
+        raise RuntimeError("nobody foresaw it")
+
+    async def run() -> None:
+        async with installation(settings) as place:
+            await filled(place, 5)
+            monkeypatch.setattr(place.indexes, "held", broken)
+            await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await run()
+    assert isinstance(raised.value.exceptions[0], RuntimeError)
+
+
 async def test_a_second_run_waits_and_does_not_let_the_workers_go_on(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,10 +550,14 @@ async def test_workers_that_went_on_before_the_switch_prevent_it(
 ) -> None:
     async with installation(settings) as place:
         await filled(place, 5)
-        with pytest.raises(CatalensError, match="nothing was switched"):
+
+        async def overtaken() -> None:
             async with between(place, monkeypatch) as met:
                 await place.indexes.hold(False)
                 met.set()
+
+        with pytest.raises(CatalensError, match="nothing was switched"):
+            await overtaken()
         assert place.generations.current.info.model == "first"
         assert (await place.reindex("second")).model == "second"
 

@@ -15,6 +15,11 @@ _DELAYS: Final = {"catalog.retry.10s": 10.0, "catalog.retry.1m": 60.0, "catalog.
 ATTEMPT: Final = "retry_attempt"
 DUE: Final = "retry_due"
 _DAY: Final = 86_400.0
+_KEPT: Final = (
+    *("ce_id", "ce_type", "ce_source", "ce_tenant", "ce_traceparent", "dlq_reason", "dlq_error"),
+    *("dlq_topic", "dlq_partition", "dlq_offset", "dlq_attempts", "dlq_first"),
+)
+"""Headers of a dead letter without data: those that tell what it was."""
 
 
 class FailingWorker(CatalensError):
@@ -109,6 +114,13 @@ def dead_letter(record: Record, reason: str, error: str) -> Message:
         "dlq_first": str(events.first_arrival(record)),
     }
     return Message(topic=events.DEAD_LETTERS, key=record.key, value=record.value, headers=headers)
+
+
+def without_data(letter: Message) -> Message:
+    """Return a dead letter that is too large for its topic as one that tells the same, and where the event stood."""
+    headers = {name: letter.headers[name][:2000] for name in _KEPT if name in letter.headers}
+    error = f"too large to be kept here, it is where it came from: {headers['dlq_error']}"
+    return replace(letter, key=letter.key[:512], value=b"", headers={**headers, "dlq_error": error})
 
 
 class DeadLetterLimit:

@@ -8,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from catalens.errors import CatalensError
+from catalens.errors import CatalensError, Transient
 from catalens.generations import POLL_SECONDS, Generation, Generations
 from catalens.ports import Indexes
 from catalens_embedder.worker import Embedder
@@ -30,7 +30,11 @@ async def work(
     while not stop.is_set():
         with generations.use() as generation:
             if await _may_work(indexes, generation):
-                await _shift(employ(generation), indexes, generation, stop)
+                try:
+                    await _shift(employ(generation), indexes, generation, stop)
+                except Transient as error:  # the log is away, so that the group cannot be joined
+                    log.warning("embedder.log_away", error=str(error))
+                    await _pause(stop)
                 continue
         if loop.time() - said > _SAY_SECONDS:
             said = loop.time()
@@ -49,13 +53,19 @@ async def _shift(worker: Embedder, indexes: Indexes, generation: Generation, sto
     finally:
         watch.cancel()
         await asyncio.wait([watch])
+    if not watch.cancelled():
+        watch.result()  # raises what nobody foresaw
 
 
 async def _watch(indexes: Indexes, generation: Generation, stop: asyncio.Event, over: asyncio.Event) -> None:
     """Set `over` on `stop`, and as soon as this worker should not work any more."""
-    while not stop.is_set() and not generation.retired.is_set() and await _may_work(indexes, generation, unknown=True):
-        await _pause(stop)
-    over.set()
+    try:
+        while not stop.is_set() and not generation.retired.is_set():
+            if not await _may_work(indexes, generation, unknown=True):
+                return
+            await _pause(stop)
+    finally:
+        over.set()  # whatever happened: a worker that nobody watches could not be stopped
 
 
 async def _may_work(indexes: Indexes, generation: Generation, *, unknown: bool = False) -> bool:

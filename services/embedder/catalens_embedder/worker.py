@@ -6,8 +6,8 @@ import asyncio
 import base64
 import binascii
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -161,7 +161,7 @@ class Embedder:
         consumer = await self._log.subscribe(self._group, events.CONSUMED, on_revoke=self._revoked)
         self._consumer = consumer
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with _task_group() as tasks:
                 committer = tasks.create_task(self._commit_loop(consumer), name="embedder.commit")
                 watcher = tasks.create_task(self._tell_lag(), name="embedder.lag")
                 await self._poll_loop(consumer, stop, tasks)
@@ -178,7 +178,7 @@ class Embedder:
 
     async def apply(self, records: Sequence[Record]) -> None:
         """Process records that come from no group to their end, remote pictures included; raises FailingWorker."""
-        async with asyncio.TaskGroup() as tasks:
+        async with _task_group() as tasks:
             await self._attempt(records, tasks)
         if self._failing is not None:
             raise self._failing
@@ -736,8 +736,12 @@ class Embedder:
         if again is None:
             await self._bury(record, reason, error)
             return
-        with tracing.follow("retry", {event.traceparent: {"catalens.reason": reason}}):
-            await self._append(again)
+        try:
+            with tracing.follow("retry", {event.traceparent: {"catalens.reason": reason}}):
+                await self._append(again)
+        except InvalidEvent:  # it came compressed and is too large to be sent on
+            await self._bury(record, reason, error)
+            return
         self._metrics.retries.labels(reason).inc()
         self._count(event.type, "retried")
         self._finish(record)
@@ -745,7 +749,11 @@ class Embedder:
     async def _bury(self, record: Record, reason: str, error: str) -> None:
         log.warning("event.dead", topic=record.topic, offset=record.offset, reason=reason, error=error, **_ids(record))
         with tracing.follow("dead_letter", {record.headers.get("ce_traceparent"): {"catalens.reason": reason}}):
-            await self._append(letters.dead_letter(record, reason, error))
+            letter = letters.dead_letter(record, reason, error)
+            try:
+                await self._append(letter)
+            except InvalidEvent:  # as above; it must not stop every worker that reads it
+                await self._append(letters.without_data(letter))
         self._metrics.dead_letters.labels(reason).inc()
         if self._reports and record.headers.get("ce_awaited") == "true" and record.headers.get("ce_id"):
             failed = Outcome(event_id=record.headers["ce_id"], status="failed", error=error)
@@ -771,6 +779,18 @@ class Embedder:
 
     def _count(self, kind: str, outcome: str) -> None:
         self._metrics.processed.labels(kind, outcome).inc()
+
+
+@asynccontextmanager
+async def _task_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """Yield a TaskGroup whose error, if there is but one, is raised as what it is: the caller tells it in one line."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except ExceptionGroup as failures:
+        if len(failures.exceptions) == 1:
+            raise failures.exceptions[0] from failures
+        raise
 
 
 def _followed(name: str, records: Sequence[Record]) -> tracing.Span:

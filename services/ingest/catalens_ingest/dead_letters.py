@@ -296,6 +296,8 @@ class DeadLetters:
             async for record in self._log.scan([events.DEAD_LETTERS], start=dict(self._positions)):
                 self._fold(record)
                 self._positions[record.source] = record.offset + 1
+                if len(self._order) >= 2 * _MOST:
+                    self._forget_old()
             self._caught_up = started
             self._forget_old()
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from catalens.domain import Product, sha256_hex
 from catalens.errors import CatalensError
-from catalens_standalone.client import Client
+from catalens_standalone.client import Client, Refused
 from catalens_standalone.importer import CatalogueReader, Source
 
 _OFFER: Final = ("price", "currency", "stock")
@@ -152,7 +152,12 @@ class Reconciler:
         done = 0
         for product_id, version in extra:
             # One above what is there: right for a catalogue's own numbers and for those that the door assigns.
-            await self._client.delete(product_id, (version or 0) + 1)
+            try:
+                await self._client.delete(product_id, (version or 0) + 1)
+            except Refused as refused:
+                if refused.status != 422:
+                    raise
+                left.append(f"{product_id}: is extra and has the last version that there is")
             done += 1
             show("repairing", done, total)
         lines = self._lines_to_send()

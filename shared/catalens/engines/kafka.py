@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -419,7 +419,10 @@ class KafkaConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # its bas
             # In slices: aiokafka waits for an assignment without end, and for one that closes too.
             left = max(0.0, deadline - clock.time())
             records = await self._get(max_records, min(left, _SLICE_SECONDS))
-            if records or self._closed or clock.time() >= deadline:
+            if records or self._closed:
+                return records
+            self._mend()
+            if clock.time() >= deadline:
                 return records
 
     async def _get(self, max_records: int, timeout: float) -> Sequence[Record]:
@@ -443,6 +446,7 @@ class KafkaConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # its bas
             return ()
         except kafka_errors.KafkaError as error:
             self._polled()
+            self._mend()
             raise translate(error) from error
         records: list[Record] = []
         for place, taken in found.items():
@@ -491,6 +495,11 @@ class KafkaConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # its bas
             raise RuntimeError("a reader without a group cannot commit")
         owned = {_their(place): offset for place, offset in offsets.items() if place in self.assignment()}
         if not owned:
+            return
+        if self.client._coordinator.generation < 0:  # noqa: SLF001  # there is no public way
+            # We were put out, and a broker takes such a commit if nobody is left in the group. Whoever relies on there
+            # being nobody, as a reindex that switches, would miss what it covers.
+            log.warning("commit.refused", group=self._group, error="no member of the group any more")
             return
         try:
             async with asyncio.timeout(self._timeout):
@@ -548,6 +557,16 @@ class KafkaConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # its bas
         self._next.clear()
         self._served.clear()
         log.info("consumer.assigned", group=self._group, partitions=len(assigned))
+
+    def _mend(self) -> None:
+        """Look after the tasks of aiokafka 0.14, which it does not start again when one has failed: join the group anew
+        without a heartbeat, which would be put out of it and never notice; raise if nothing is fetched any more."""
+        beats = getattr(self.client._coordinator, "_heartbeat_task", None)  # noqa: SLF001  # there is no public way
+        if beats is not None and beats.done():
+            self.client._coordinator.request_rejoin()  # noqa: SLF001
+        fetches = self.client._fetcher._fetch_task  # noqa: SLF001
+        if fetches.done() and not self._closed:
+            raise RuntimeError("aiokafka has stopped fetching")
 
     def _owned(self, partitions: Collection[TopicPartition]) -> list[KafkaPlace]:
         owned = frozenset() if self._closed else self.client.assignment()
@@ -689,7 +708,8 @@ async def _stop_consumer(consumer: AIOKafkaConsumer) -> None:
     except (TimeoutError, kafka_errors.KafkaError) as error:
         log.warning("consumer.given_up", error=str(error) or repr(error))
         if consumer._fetcher is not None:  # noqa: SLF001  # there is no public way
-            await consumer._fetcher.close()  # noqa: SLF001
+            with suppress(kafka_errors.KafkaError):  # which it has told when it failed
+                await consumer._fetcher.close()  # noqa: SLF001
         await consumer._client.close()  # noqa: SLF001
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
 import time
 from collections import defaultdict
@@ -695,7 +696,9 @@ class QdrantIndexes:
     async def all(self) -> Sequence[IndexInfo]:
         """See the port."""
         answer = await self._connection.call(self._connection.collections.List, pb.ListCollectionsRequest())
-        names = sorted(each.name for each in answer.collections if each.name.startswith(f"{self._alias}-"))
+        # Whole names: another installation's alias may begin with ours.
+        ours = re.compile(rf"{re.escape(self._alias)}-[0-9a-f]{{12}}(-[0-9]+)?")
+        names = sorted(each.name for each in answer.collections if ours.fullmatch(each.name))
         found = await side_by_side(self._connection.collection(name) for name in names)
         return [
             self._info_of(name, info)
