@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 from uuid import uuid4
 
 import pytest
@@ -100,8 +100,23 @@ async def test_a_foreign_cloud_event_is_decoded_like_ours(
     event = events.decode(record)
     assert (event.id, event.tenant, event.key) == ("42", "default", record.key)
     assert isinstance(event.data, Product)
-    assert (event.data.name, event.data.version) == ("Robe rouge", sent.timestamp * 1000)
+    assert (event.data.name, event.data.version) == ("Robe rouge", sent.timestamp * 1000 + sent.offset % 1000)
     assert record.headers["traced"] == "\\xff"
+
+
+async def test_of_two_foreign_events_in_one_batch_the_later_one_is_newer(
+    log: KafkaEventLog, foreign: AIOKafkaProducer, topic: str
+) -> None:
+    headers = [("ce_type", events.UPSERTED.encode())]
+    batch = foreign.create_batch()
+    for name in ("older", "newer"):
+        data = json.dumps({"product_id": "sku-1", "name": name}).encode()
+        batch.append(timestamp=None, key=b"default|sku-1", value=data, headers=headers)
+    await (await foreign.send_batch(batch, topic, partition=0))
+    records = [record async for record in log.scan([topic])]
+    older, newer = (cast("Product", events.decode(record).data) for record in records)
+    assert (older.name, newer.name) == ("older", "newer")
+    assert cast("int", newer.version) == cast("int", older.version) + 1
 
 
 async def test_a_foreign_producer_agrees_on_the_partition(
