@@ -169,10 +169,12 @@ def _cut(text: str) -> tuple[list[str], list[str]]:
     ]
 
 
-_cut_label = lru_cache(maxsize=20_000)(_cut)
+# The words that come again and again; article numbers come once, and a larger memory would fill up with those.
+_REMEMBERED: Final = 20_000
+_cut_label = lru_cache(maxsize=_REMEMBERED)(_cut)
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=_REMEMBERED)
 def _split(word: str) -> tuple[tuple[str, float], ...]:
     if word.isalnum():
         return ((word, 1.0),)
@@ -189,13 +191,13 @@ def _joins(before: str, after: str) -> bool:
     return 1 in (len(before), len(after)) or (before.isdecimal() and len(after) == 2 and after.isalpha())
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=_REMEMBERED)
 def _document_terms(word: str) -> tuple[int, ...]:
     """Return the term ids of a word and its parts, one as often as it occurs among them."""
     return tuple(term for part, _ in _split(word) for term, _ in _terms(part))
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=_REMEMBERED)
 def _terms(word: str) -> tuple[tuple[int, float], ...]:
     """Return the word's term ids, each with its share of the word's weight in a query; the shares sum to 1."""
     folded = _fold(word)
