@@ -109,7 +109,7 @@ class Stage:
         for service in self._services:
             service.kill()
         for engine in (self.qdrant, self.redis, self.kafka):
-            engine.stop()
+            engine.kill()  # nothing here is needed any more
         self._folder.cleanup()
 
 

@@ -144,7 +144,7 @@ class Cluster:
         for service in self.services:
             service.kill()
         for engine in (self.qdrant, self.redis, self.kafka):
-            engine.stop()
+            engine.kill()
 
     async def _make_index(self) -> None:
         """Make the index of the model `first` the current one, which the services then follow."""

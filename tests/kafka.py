@@ -154,7 +154,8 @@ class Kafka:
         self.folder.mkdir(parents=True, exist_ok=True)
         config.write_text(self._properties, encoding="utf-8")
         if not (self.folder / "data" / "meta.properties").exists():
-            cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
+            # Its first byte is fixed: an id that begins with a hyphen would be taken for an option.
+            cluster = base64.urlsafe_b64encode(b"c" + uuid.uuid4().bytes[1:]).rstrip(b"=").decode()
             done = subprocess.run(
                 [*_java(), "kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(config)],
                 capture_output=True,
