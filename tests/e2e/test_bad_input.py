@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import socket
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -74,8 +76,16 @@ def accepted() -> dict[str, str]:
 @pytest.fixture
 async def client(server: Standalone, accepted: dict[str, str]) -> AsyncIterator[Client]:
     """A client of the running process."""
-    async with aiohttp.ClientSession() as session:
+    sockets: list[socket.socket] = []
+
+    def connect(address: aiohttp.AddrInfoType) -> socket.socket:
+        sockets.append(socket.socket(*address[:3]))
+        return sockets[-1]
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=connect)) as session:
         yield Client(session, server.url, accepted)
+    while any(one.fileno() >= 0 for one in sockets):  # a refused body may still be on its way to nobody
+        await asyncio.sleep(0.01)
 
 
 # --- requests that are refused ------------------------------------------------------------------------------
