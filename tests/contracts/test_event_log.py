@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,8 +27,8 @@ def message(topic: str, key: str, value: str) -> Message:
     return Message(topic, key, value.encode(), {"ce_id": value})
 
 
-def numbered(topic: str, count: int, *, keys: int = 1) -> list[Message]:
-    return [message(topic, f"default|p{number % keys}", str(number)) for number in range(count)]
+def numbered(topic: str, count: int, *, keys: int = 1, start: int = 0) -> list[Message]:
+    return [message(topic, f"default|p{number % keys}", str(number)) for number in range(start, start + count)]
 
 
 def values(records: Sequence[Record]) -> list[int]:
@@ -192,15 +193,16 @@ class TestFetch:
     async def test_a_cancelled_fetch_loses_nothing(self, event_log: LogUnderTest) -> None:
         consumer = await event_log.log.subscribe("group", [event_log.narrow])
         await settle([consumer], places(event_log.narrow, 1))
-        await event_log.log.append(numbered(event_log.narrow, 5))
+        got: list[Record] = []
         for turns in range(4):
+            await event_log.log.append(numbered(event_log.narrow, 5, start=5 * turns))
             doomed = asyncio.create_task(consumer.fetch(10, LONG))
             for _ in range(turns):
                 await asyncio.sleep(0)
             doomed.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await doomed
-        assert values(await collect(consumer, 5)) == [0, 1, 2, 3, 4]
+            with suppress(asyncio.CancelledError):
+                got += await doomed  # what was at hand may be returned before the cancellation comes
+        assert values([*got, *await collect(consumer, 20 - len(got))]) == list(range(20))
 
     async def test_a_busy_partition_does_not_starve_another(self, event_log: LogUnderTest) -> None:
         await event_log.log.append(numbered(event_log.narrow, 1000))
