@@ -135,7 +135,7 @@ class NoIndex:
         """Keep nothing."""
         return ["applied"] * len(documents)
 
-    async def get(self, tenant: str, product_ids: Sequence[str]) -> Mapping[str, StoredProduct]:  # noqa: ARG002
+    async def get(self, tenant: str, product_ids: Sequence[str]) -> Mapping[str, StoredProduct]:  # noqa: ARG002  # the port's
         """Know nothing."""
         return {}
 
