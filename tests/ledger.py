@@ -86,6 +86,9 @@ class Load:
         self.ledger = Ledger()
         self.accepted = 0
         self.urls: list[str] = []
+        self.may_send = asyncio.Event()
+        """Cleared, it sends nothing more until it is set again."""
+        self.may_send.set()
         self._prefix = prefix
         self._products = products
         self._pictures = pictures
@@ -105,6 +108,7 @@ class Load:
 
     async def _client(self, session: aiohttp.ClientSession, stop: asyncio.Event, goal: int | None) -> None:
         while not stop.is_set() and (goal is None or self.accepted < goal):
+            await self.may_send.wait()
             method, product_id, body = self._draw()
             await self._deliver(session, method, product_id, body)
             if method == "PUT":

@@ -45,6 +45,7 @@ _NOTE_SECONDS: Final = 2.0
 _LEAVE_SECONDS: Final = 120.0
 """Longer than workers need to drain, and than the log needs to notice that one was killed."""
 _CATCH_UP_SECONDS: Final = 600.0
+_TELL_SECONDS: Final = 60.0
 _UNUSED: Final = "catalens-nobody"
 
 
@@ -305,14 +306,26 @@ class Reindexer:
             await asyncio.gather(worker, return_exceptions=True)  # what it failed with was raised where it mattered
 
     async def _caught_up(self, group: str, worker: asyncio.Task[None]) -> None:
-        """Return when so little is left to read that the workers need to stand aside for a moment only."""
-        most = 0
+        """Return when so little is left to read that the workers need to stand aside for a moment only.
+
+        However long that takes: under more events than this process can follow it never comes, and the log says so.
+        """
+        most, before, told = 0, 0, self._clock.now()
         while True:
             left = sum((await self._log.lag(group, events.COMPACTED)).values())
             most = max(most, left)
             self._report(Progress("follow", most - left, most))
             if left <= self._settings.embedder.in_flight:
                 return
+            if self._clock.now() - told >= _TELL_SECONDS:
+                if before and left >= before:
+                    log.warning(
+                        "reindex.falls_behind",
+                        left=left,
+                        advice="events come faster than this one process follows: run it where it has more cores, "
+                        "or send less until it has switched",
+                    )
+                before, told = left, self._clock.now()
             await self._pause(worker)
 
     async def _switch(
