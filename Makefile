@@ -114,8 +114,8 @@ UV_COMPILE = $(BIN)/uv pip compile -q pyproject.toml --universal --generate-hash
 lock: | $(BIN)/python ## resolve the dependencies again into requirements/*.txt
 	$(PIP) install -q uv
 	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --group build -o requirements/standalone.txt
-	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server --group build --group dev --group browser -c requirements/standalone.txt -o requirements/dev.txt
-	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server --extra torch --group build --group dev --group browser --group torch -c requirements/dev.txt -o requirements/torch.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server --extra onnx --group build --group dev --group browser -c requirements/standalone.txt -o requirements/dev.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server --extra onnx --extra torch --extra quantize --group build --group dev --group browser -c requirements/dev.txt -o requirements/torch.txt
 
 .PHONY: clean
 clean: ## remove the environment and caches, never your data

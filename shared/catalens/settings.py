@@ -179,9 +179,30 @@ class PictureSettings(Section):
 class EncoderSettings(Section):
     """How the model runs."""
 
-    precision: Literal["f32", "bf16"] = Field(default="f32", description="part of the model's fingerprint")
-    lanes: Annotated[int, Field(ge=0)] = Field(default=0, description="single-thread inference lanes; 0 = one a core")
-    max_batch: Count = Field(default=16, description="items in one inference")
+    runtime: Literal["auto", "openvino", "onnx", "torch"] = Field(
+        default="auto", description="what executes the model; auto = the best that is installed, and the log says why"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where it is executed; auto = a GPU if there is one that the runtime can use"
+    )
+    precision: Literal["f32", "bf16"] = Field(
+        default="f32", description="of what is computed and not quantised; part of the model's fingerprint"
+    )
+    towers: Literal["both", "image", "text"] = Field(
+        default="both",
+        description="the half of the model that is loaded: without `text` products are embedded by their pictures "
+        "alone and queries are lexical or by picture; a query service without `image` takes no pictures",
+    )
+    lanes: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="batches that are prepared and computed side by side; 0 = one a core"
+    )
+    max_batch: Count = Field(default=16, description="items in one batch of a lane")
+    inference_batch: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="pictures in one inference; 0 = what suits the model and the runtime"
+    )
+    allow_unmeasured: bool = Field(
+        default=False, description="serve a quantised model although nobody measured what the quantisation costs"
+    )
     linger: Annotated[float, Field(ge=0)] = Field(
         default=0.002, description="seconds a partial batch waits for company"
     )

@@ -83,6 +83,37 @@ class Check(Part):
     input_ids: Vector
 
 
+Share = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+
+
+class Closeness(Part):
+    """How near one tower's vectors are to the reference's; centred = with the mean vector removed first."""
+
+    cosine_mean: Share
+    cosine_min: Share
+    centred_mean: Share
+    centred_min: Share
+
+
+class Loss(Part):
+    """What a quantisation costs, measured against the model that it was made from (encoders/fidelity.py)."""
+
+    pictures: Annotated[int, Field(ge=1)]
+    texts: Annotated[int, Field(ge=0)]
+    image: Closeness
+    text: Closeness | None
+    overlap_at_10: Share = Field(description="share of each picture's ten nearest pictures that stay the same")
+
+
+class Quantization(Part):
+    """How an int8 bundle was made."""
+
+    method: Word
+    source: Word = Field(description="fingerprint of the bundle that it was made from")
+    calibration: Annotated[int, Field(ge=1)] = Field(description="pictures that the ranges were taken from")
+    loss: Loss | None = Field(description="None: nobody measured it")
+
+
 class Manifest(Part):
     """bundle.json, format 1."""
 
@@ -91,7 +122,7 @@ class Manifest(Part):
     revision: Word
     family: Word
     dimension: Annotated[int, Field(ge=1, le=65_536)]
-    precision: Literal["fp32"]
+    precision: Literal["fp32", "int8"]
     image: ImageInput
     text: TextInput
     licence: str
@@ -99,6 +130,7 @@ class Manifest(Part):
     languages: tuple[str, ...]
     files: Mapping[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._\-]*$")], FileEntry]
     check: Check | None = None
+    quantization: Quantization | None = None
     evaluation: Mapping[str, object] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -106,6 +138,8 @@ class Manifest(Part):
         missing = {VISION, TEXT, TOKENIZER} - self.files.keys()
         if missing:
             raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        if (self.precision == "int8") != (self.quantization is not None):
+            raise ValueError("an int8 bundle says under quantization how it was made, and no other does")
         if self.check and {len(self.check.pixels), len(self.check.input_ids)} != {self.dimension}:
             raise ValueError(f"check holds vectors of another length than dimension {self.dimension}")
         return self
@@ -129,8 +163,9 @@ class Bundle:
             "id": manifest.id,
             "revision": manifest.revision,
             "precision": precision,
-            "image": manifest.image.model_dump(),
-            "text": manifest.text.model_dump(),
+            # Without what is left at its default: a field that a later release adds changes no fingerprint by itself.
+            "image": manifest.image.model_dump(exclude_defaults=True),
+            "text": manifest.text.model_dump(exclude_defaults=True),
             "files": {name: entry.sha256 for name, entry in manifest.files.items()},
         }
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
