@@ -257,6 +257,79 @@ async def test_what_is_no_picture_is_415_and_a_large_one_413(shop: Shop) -> None
         assert answer.status == status, answer.body
 
 
+# --- weighted words, and examples ----------------------------------------------------------------------------
+
+
+async def test_one_term_is_the_same_as_its_words(shop: Shop) -> None:
+    plain = await shop.search(query="blue runner", limit=100)
+    term = await shop.search(query=[{"text": "blue runner"}], limit=100)
+    assert term["results"] == plain["results"]
+    assert (await shop.ids(query=[{"text": "red-shoe"}]))[0] == "red-shoe"
+
+
+@pytest.mark.parametrize("mode", ["lexical", "hybrid"])
+async def test_the_heavier_words_win_and_the_unwanted_lose(shop: Shop, mode: str) -> None:
+    async def order(red: float, blue: float) -> list[str]:
+        terms = [{"text": "runner"}, {"text": "red", "weight": red}, {"text": "blue", "weight": blue}]
+        found = await shop.ids(query=terms, mode=mode, filters={"brand": "Velo"})
+        return [product_id for product_id in found if product_id in ("red-shoe", "blue-shoe")]
+
+    assert (await order(2, 1))[0] == "red-shoe"
+    assert (await order(1, 2))[0] == "blue-shoe"
+    assert (await order(1, -1))[0] == "red-shoe"
+    assert (await order(-1, 1))[0] == "blue-shoe"
+
+
+async def test_like_a_product_finds_its_kind_and_not_itself(shop: Shop) -> None:
+    answer = await shop.search(like=["red-shoe"], limit=3)
+    assert answer["mode"] == "semantic"
+    assert answer["count"] == 3
+    assert "red-shoe" not in [result["product_id"] for result in answer["results"]]
+    similar = await shop.call("GET", "/api/v1/products/red-shoe/similar?variants=true&limit=3")
+    assert similar.json["results"] == answer["results"]
+
+
+async def test_like_a_picture_is_the_search_by_that_picture(shop: Shop) -> None:
+    assert (await shop.ids(like=[data(BLUE)], using="image"))[0] == "blue-shoe"
+    assert (await shop.ids(like=[data(GREEN)], using="image"))[0] == "shirt"
+
+
+async def test_unlike_pushes_away(shop: Shop) -> None:
+    near = await shop.search(like=["shirt"], limit=100, using="image")
+    pushed = await shop.search(like=["shirt"], unlike=[data(RED)], limit=100, using="image")
+    score = {one["product_id"]: one["score"] for one in near["results"]}
+    after = {one["product_id"]: one["score"] for one in pushed["results"]}
+    assert after["red-shoe"] < score["red-shoe"]
+    assert "blue-shoe" not in await shop.ids(query="runner", unlike=["blue-shoe"], limit=100)
+
+
+async def test_words_and_an_example_take_from_both(shop: Shop) -> None:
+    like: dict[str, Any] = {"like": ["red-shoe"], "using": "image", "limit": 100}
+    assert set(await shop.ids(**like)) == {"blue-shoe", "shirt"}
+    answer = await shop.search(query="cotton", **like)
+    assert answer["mode"] == "hybrid"
+    found = {result["product_id"] for result in answer["results"]}
+    assert found == {"blue-shoe", "shirt", *(f"towel-{number:02}" for number in range(TOWELS))}
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("like.0", {"like": ["nothing-of-this-name"]}),
+        ("unlike.1", {"query": "a", "unlike": ["shirt", "nothing-of-this-name"]}),
+        ("like.0.data", {"like": [{"data": "AAA"}]}),
+        ("body", {"query": [{"text": "a", "weight": -1}]}),
+        ("body", {"unlike": ["shirt"]}),
+        ("body", {"like": ["shirt"], "query": "a", "mode": "lexical"}),
+    ],
+)
+async def test_a_wrong_example_or_term_is_named(shop: Shop, field: str, body: dict[str, Any]) -> None:
+    answer = await shop.call("POST", "/api/v1/search", json=body)
+    assert answer.status == 422, answer.body
+    fields = [error["field"] for error in answer.json.get("errors", [])]
+    assert any(one.startswith(field) or (field == "body" and one in ("", "body")) for one in fields), answer.json
+
+
 # --- filters ------------------------------------------------------------------------------------------------
 
 
@@ -381,8 +454,6 @@ async def test_the_url_wins_over_the_body(shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("like", ["red-shoe"]),
-        ("unlike", ["red-shoe"]),
         ("facets", ["brand"]),
         ("group_by", "group_id"),
         ("sort", "price_asc"),
@@ -523,7 +594,7 @@ async def test_a_batch_answers_each_on_its_own(shop: Shop) -> None:
     requests = [
         {"query": "green shirt", "limit": 2},
         {"query": "green shirt", "limit": 101},
-        {"like": ["red-shoe"]},
+        {"like": ["nothing-of-this-name"]},
         {"query": "green shirt", "filters": {"colour": "red"}},
         {"image": data(b"hello")},
     ]

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from catalens.domain import SparseVector
-from catalens_query.planner import LEXICAL, LEXICAL_SHARE, TIERS, RequestMode, Using, blend, plan, similar_legs
+from catalens_query.planner import (
+    LEXICAL,
+    LEXICAL_SHARE,
+    TIERS,
+    DenseName,
+    RequestMode,
+    Using,
+    blend,
+    mix,
+    plan,
+    similar_legs,
+)
+
+if TYPE_CHECKING:
+    from catalens.domain import Embedding
 
 EAST = np.array([1.0, 0.0], dtype=np.float32)
 NORTH = np.array([0.0, 1.0], dtype=np.float32)
 TERMS = SparseVector((7,), (1.0,))
+BOTH: dict[DenseName, Embedding | None] = {"image": EAST, "text": EAST}
 
 
 @pytest.mark.parametrize("mode", ["auto", "semantic", "lexical", "hybrid"])
@@ -62,7 +78,7 @@ def test_words_count_less_as_the_picture_counts_more() -> None:
 
 
 def test_legs_carry_their_vector_and_any_depth() -> None:
-    legs = {leg.using: leg for leg in plan("hybrid", "both", 0.0).legs(EAST, TERMS)}
+    legs = {leg.using: leg for leg in plan("hybrid", "both", 0.0).legs(BOTH, TERMS)}
     assert legs["image"].vector is EAST
     assert legs["text"].vector is EAST
     assert legs["lexical"].vector is TERMS
@@ -71,10 +87,10 @@ def test_legs_carry_their_vector_and_any_depth() -> None:
 
 def test_a_list_whose_vector_is_missing_or_says_nothing_is_not_asked() -> None:
     chosen = plan("hybrid", "text", 0.0)
-    assert [leg.using for leg in chosen.legs(None, TERMS)] == ["lexical"]
-    assert [leg.using for leg in chosen.legs(EAST, SparseVector((), ()))] == ["text"]
-    assert [leg.using for leg in chosen.legs(0 * EAST, TERMS)] == ["lexical"]
-    assert chosen.legs(None, None) == ()
+    assert [leg.using for leg in chosen.legs({}, TERMS)] == ["lexical"]
+    assert [leg.using for leg in chosen.legs(BOTH, SparseVector((), ()))] == ["text"]
+    assert [leg.using for leg in chosen.legs({"text": 0 * EAST}, TERMS)] == ["lexical"]
+    assert chosen.legs({}, None) == ()
 
 
 def test_the_last_tier_reaches_the_last_page() -> None:
@@ -108,3 +124,26 @@ def test_similar_leaves_out_what_the_product_has_not() -> None:
     assert [leg.using for leg in similar_legs({"text": NORTH}, "both")] == ["text"]
     assert [leg.using for leg in similar_legs({"image": 0 * EAST, "text": NORTH}, "both")] == ["text"]
     assert similar_legs({"text": NORTH}, "image") == ()
+
+
+def test_words_count_as_much_as_the_caller_says() -> None:
+    assert plan("auto", "both", 0.0, words=0.5).shares["lexical"] == pytest.approx(LEXICAL_SHARE / 2)
+    assert plan("auto", "both", 0.0, words=0.0).mode == "semantic"
+
+
+def test_a_mix_is_a_unit_vector_between_what_is_wanted_and_away_from_what_is_not() -> None:
+    assert mix([(2.0, EAST), (1.0, None)]) is EAST
+    between = mix([(1.0, EAST), (1.0, NORTH)])
+    assert between is not None
+    assert between == pytest.approx(np.array([0.5**0.5, 0.5**0.5]))
+    away = mix([(1.0, EAST), (-0.5, NORTH)])
+    assert away is not None
+    assert away[1] < 0 < away[0]
+    assert mix([(-1.0, EAST)]) == pytest.approx(-EAST)
+
+
+def test_a_mix_of_nothing_or_of_opposites_is_nothing() -> None:
+    assert mix([]) is None
+    assert mix([(1.0, None)]) is None
+    assert mix([(1.0, EAST), (-1.0, EAST)]) is None
+    assert mix([(0.0, EAST)]) is None

@@ -18,7 +18,7 @@ from catalens.errors import CatalensError, Overloaded, Transient
 from catalens.ports import EncodedImage
 from catalens.telemetry import Metrics
 from catalens_query.planner import RequestMode
-from catalens_query.searching import Search, Searcher
+from catalens_query.searching import Search, Searcher, Term
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -69,7 +69,8 @@ def searcher(error: CatalensError | None) -> Searcher:
 
 
 def search(mode: RequestMode, *, words: str | None = "red shoe", picture: bytes | None = None) -> Search:
-    return Search(words=words, picture=picture, where=Filter(), limit=10, offset=0, mode=mode)
+    terms = () if words is None else (Term(words),)
+    return Search(words=terms, picture=picture, where=Filter(), limit=10, offset=0, mode=mode)
 
 
 AWAY = [None, Transient("the runtime is away"), Overloaded("the queue is full")]

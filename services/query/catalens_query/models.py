@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints, WithJsonSchema, model_validator
 from pydantic.config import JsonDict
 
-from catalens.domain import AttributeValue, ImageStatus, Integral, PictureText, PictureUrl, Value
+from catalens.domain import AttributeValue, ImageStatus, Integral, PictureText, PictureUrl, ProductId, Value
 from catalens.openapi import ProblemDetails
 from catalens_query import filters
 from catalens_query.planner import Mode, RequestMode, Using
@@ -67,22 +67,57 @@ class PictureInput(Value):
         return self
 
 
+Examples: TypeAlias = Annotated[list[ProductId | PictureInput], Field(max_length=16)]
+
+
+class QueryTerm(Value):
+    """Words and how much they count."""
+
+    text: Words
+    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] = Field(
+        default=1.0, description="negative: what is not wanted"
+    )
+
+
+_WANTED: JsonDict = {
+    "contains": {"properties": {"weight": {"exclusiveMinimum": 0}}},
+    "minItems": 1,
+    "type": "array",
+}
+"""Of several terms at least one is wanted."""
+
+
 class SearchRequest(Value):
-    """A search by words, by picture or by both."""
+    """A search by words, by picture, by examples, or by several of them."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "anyOf": [_given("query", "string"), _given("image", "object")],
+            "anyOf": [
+                {"required": ["query"], "properties": {"query": {"anyOf": [{"type": "string"}, _WANTED]}}},
+                _given("image", "object"),
+                {"required": ["like"], "properties": {"like": {"minItems": 1}}},
+            ],
             "not": {
-                "properties": {"mode": {"const": "lexical"}, "image": {"type": "object"}},
-                "required": ["mode", "image"],
+                "properties": {"mode": {"const": "lexical"}},
+                "required": ["mode"],
+                "anyOf": [
+                    _given("image", "object"),
+                    {"required": ["like"], "properties": {"like": {"minItems": 1}}},
+                    {"required": ["unlike"], "properties": {"unlike": {"minItems": 1}}},
+                ],
             },
         }
     )
 
-    query: Words | None = Field(default=None, description="words, in any language of the model", examples=["red shoe"])
+    query: Words | Annotated[list[QueryTerm], Field(min_length=1, max_length=16)] | None = Field(
+        default=None,
+        description="words, in any language of the model; or several, each with its weight",
+        examples=["red shoe", [{"text": "red dress"}, {"text": "stripes", "weight": -0.5}]],
+    )
     image: PictureInput | None = None
     image_weight: Weight = 0.5
+    like: Examples = Field(default_factory=list, description="products, by id, or pictures to be like")
+    unlike: Examples = Field(default_factory=list, description="products, by id, or pictures to be unlike")
     mode: RequestMode = Field(
         default="auto",
         description="semantic: the products' vectors; lexical: BM25 over their words; hybrid: both fused; "
@@ -98,10 +133,11 @@ class SearchRequest(Value):
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if self.query is None and self.image is None:
-            raise ValueError("give query, image or both")
-        if self.mode == "lexical" and self.image is not None:
-            raise ValueError("mode lexical searches by words only: leave image out")
+        wanted = self.query if not isinstance(self.query, list) else [one for one in self.query if one.weight > 0]
+        if not wanted and self.image is None and not self.like:
+            raise ValueError("give query (with a weight above 0), image or like")
+        if self.mode == "lexical" and (self.image is not None or self.like or self.unlike):
+            raise ValueError("mode lexical searches by words only: leave image, like and unlike out")
         return self
 
 

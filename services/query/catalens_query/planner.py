@@ -5,7 +5,7 @@ Pure: no clock, no I/O. The weights are explained in docs/reference/search.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Mode: TypeAlias = Literal["semantic", "lexical", "hybrid"]
 RequestMode: TypeAlias = Literal["auto", "semantic", "lexical", "hybrid"]
 Using: TypeAlias = Literal["both", "image", "text"]
+DenseName: TypeAlias = Literal["image", "text"]
 
 LEXICAL_SHARE: Final = 0.6
 """Above one half: the best lexical hit stands before every product that has none of the query's words."""
@@ -26,6 +27,11 @@ PICTURE_SHARE_FOR_WORDS: Final = 0.5
 """How much the products' pictures count in a search by words; the rest goes to their texts."""
 PICTURE_SHARE_FOR_PICTURE: Final = 0.9
 """The same in a search by picture: like is compared with like, so the products' pictures count more."""
+
+LIKED_WORDS_SHARE: Final = 0.5
+"""How much the words count beside liked products: half of what they count alone."""
+UNLIKED_SHARE: Final = 0.5
+"""What is not wanted pushes away half as hard as what is wanted draws (as Rocchio's feedback weighs them)."""
 
 TIERS: Final = (200, 2_000, 10_100)
 """Depths at which the index is asked, one after the other until the page is reached (docs/reference/search.md).
@@ -53,22 +59,28 @@ class Plan:
     mode: Mode
     shares: Mapping[VectorName, float]
 
-    def legs(self, dense: Embedding | None, lexical: SparseVector | None) -> tuple[WeightedLeg, ...]:
+    def legs(
+        self, dense: Mapping[DenseName, Embedding | None], lexical: SparseVector | None
+    ) -> tuple[WeightedLeg, ...]:
         """Return the legs for these query vectors; a list whose vector is missing or says nothing is left out."""
-        vectors = {"image": dense, "text": dense, "lexical": lexical}
-        return _legs(self.shares, {name: vector for name, vector in vectors.items() if vector is not None})
+        vectors: dict[str, Embedding | SparseVector] = {
+            name: vector for name, vector in dense.items() if vector is not None
+        }
+        if lexical is not None:
+            vectors["lexical"] = lexical
+        return _legs(self.shares, vectors)
 
 
-def plan(mode: RequestMode, using: Using, image_weight: float) -> Plan:
+def plan(mode: RequestMode, using: Using, image_weight: float, *, words: float | None = None) -> Plan:
     """Return the plan of a search whose picture weighs `image_weight`: 0 is words only, 1 is picture only.
 
-    `auto` and `hybrid` add the lexical list as far as words count, so a search by picture alone is `semantic` in
-    every mode but `lexical`, which asks for words only.
+    `auto` and `hybrid` add the lexical list as far as words count (`words`, by default what the picture leaves), so a
+    search by picture alone is `semantic` in every mode but `lexical`, which asks for words only.
     """
     if mode == "lexical":
         return LEXICAL
     dense = _dense_shares(using, image_weight)
-    lexical = 0.0 if mode == "semantic" else LEXICAL_SHARE * (1 - image_weight)
+    lexical = 0.0 if mode == "semantic" else LEXICAL_SHARE * (1 - image_weight if words is None else words)
     if lexical == 0:
         return Plan("semantic", dense)
     shares: dict[VectorName, float] = {name: share * (1 - lexical) for name, share in dense.items()}
@@ -93,6 +105,19 @@ def blend(words: Embedding, picture: Embedding, image_weight: float) -> Embeddin
     mixed = (1 - image_weight) * words + image_weight * picture
     length = float(np.linalg.norm(mixed))
     return picture if length < 1e-6 else (mixed / length).astype(np.float32)  # rounding noise
+
+
+def mix(parts: Sequence[tuple[float, Embedding | None]]) -> Embedding | None:
+    """Return the weighted sum of unit vectors, normalised; None where nothing is left of it.
+
+    One vector alone is returned as it is, with a weight above 0; those that are missing are left out.
+    """
+    there = [(weight, vector) for weight, vector in parts if vector is not None and weight]
+    if len(there) == 1 and there[0][0] > 0:
+        return there[0][1]
+    total = sum((weight * vector for weight, vector in there), np.zeros(1, np.float32))
+    length = float(np.linalg.norm(total))
+    return (total / length).astype(np.float32) if length >= 1e-6 else None  # rounding noise
 
 
 def _legs(

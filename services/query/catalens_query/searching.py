@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from catalens.domain import Condition, Filter, LegHit, ProductId, StoredProduct
+from catalens.domain import Condition, Filter, LegHit, ProductId, SparseVector, StoredProduct
 from catalens.embedding import CachedEncoder
 from catalens.errors import NotFound, Transient
 from catalens.lexical import query_vector
@@ -18,12 +19,16 @@ from catalens.telemetry import Metrics, stage
 from catalens_query import fusion
 from catalens_query.planner import (
     LEXICAL,
+    LIKED_WORDS_SHARE,
     TIERS,
+    UNLIKED_SHARE,
+    DenseName,
     Mode,
     RequestMode,
     Using,
     WeightedLeg,
     blend,
+    mix,
     plan,
     similar_legs,
 )
@@ -35,13 +40,27 @@ T = TypeVar("T")
 ENCODER_PATIENCE: Final = 10.0
 """Seconds after which an encoder that has not answered counts as away."""
 _PRODUCT_ID: Final[TypeAdapter[str]] = TypeAdapter(ProductId)
+_SPACES: Final[tuple[DenseName, ...]] = ("image", "text")
+_NOTHING: Final[Mapping[DenseName, Embedding | None]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Words and how much they count; what has a negative weight is not wanted."""
+
+    text: str
+    weight: float = 1.0
+
+
+Example: TypeAlias = str | bytes
+"""What to be like, or unlike: the id of a product, or a picture."""
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What is searched: words, a picture or both. Mode lexical has no picture."""
+    """What is searched: words, a picture, examples, or several of them. Mode lexical has words alone."""
 
-    words: str | None
+    words: tuple[Term, ...]
     picture: bytes | None
     where: Filter
     limit: int
@@ -49,13 +68,32 @@ class Search:
     image_weight: float = 0.5
     mode: RequestMode = "auto"
     using: Using = "both"
+    like: tuple[Example, ...] = ()
+    unlike: tuple[Example, ...] = ()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether some of the words are wanted: what is not wanted finds nothing by itself."""
+        return any(term.weight > 0 for term in self.words)
 
     @property
     def weight(self) -> float:
         """The picture's weight: what is searched alone weighs all."""
         if self.picture is None:
             return 0.0
-        return 1.0 if self.words is None else self.image_weight
+        return self.image_weight if self.wanted else 1.0
+
+    @property
+    def words_share(self) -> float:
+        """How much the words count, to the lexical list."""
+        if not self.wanted:
+            return 0.0
+        return (1 - self.weight) * (LIKED_WORDS_SHARE if self.like else 1)
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The ids among the examples."""
+        return tuple(dict.fromkeys(one for one in (*self.like, *self.unlike) if isinstance(one, str)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +104,14 @@ class Found:
     mode: Mode
     degraded: str | None = None
     """Why the answer is less than what was asked for."""
+
+
+class UnknownExample(NotFound):
+    """A liked or unliked product does not exist; `field` says where it was named."""
+
+    def __init__(self, field: str, product_id: str) -> None:
+        super().__init__(f"product {product_id} does not exist")
+        self.field = field
 
 
 class Searcher:
@@ -98,23 +144,27 @@ class Searcher:
 
     async def search(self, tenant: str, search: Search) -> Found:
         """Return the page that was asked for; raises InvalidPicture, Transient, Overloaded."""
-        chosen, degraded, dense, lexical = plan(search.mode, search.using, search.weight), None, None, None
+        chosen = plan(search.mode, search.using, search.weight, words=search.words_share)
+        degraded, dense, lexical = None, _NOTHING, None
         if chosen.mode != "lexical":
             try:
                 with stage(self._metrics.search_stages, "encode"):
-                    dense = await self._query_vector(search)
+                    dense = await self._query_vectors(tenant, search)
             except Transient as error:
                 if search.mode != "auto" or chosen.mode != "hybrid":
                     raise
                 chosen, degraded = LEXICAL, f"searched by words only: {error}"
-        words = search.words if "lexical" in chosen.shares else None
-        if words is not None:
-            lexical = await asyncio.to_thread(query_vector, words)
+        if "lexical" in chosen.shares:
+            lexical = await asyncio.to_thread(_lexical, search.words)
         upto = search.offset + search.limit
         legs = chosen.legs(dense, lexical)
-        ranking = await self._rank(tenant, legs, search.where, upto, by_picture=search.weight == 1)
-        if words is not None and await self._exists(tenant, words.strip(), search.where):
-            ranking = fusion.first(ranking, words.strip())
+        where = replace(search.where, exclude=(*search.where.exclude, *search.products))
+        by_picture = search.weight == 1 and not search.like and not search.unlike
+        ranking = await self._rank(tenant, legs, where, upto, by_picture=by_picture)
+        if "lexical" in chosen.shares and len(search.words) == 1:
+            named = search.words[0].text.strip()
+            if await self._exists(tenant, named, where):
+                ranking = fusion.first(ranking, named)
         self._metrics.searches.labels(chosen.mode, str(degraded is not None).lower()).inc()
         return Found(await self._page(tenant, ranking[search.offset : upto]), chosen.mode, degraded)
 
@@ -146,13 +196,39 @@ class Searcher:
         except TimeoutError as error:
             raise Transient(f"the encoder did not answer within {self._patience:g} s") from error
 
+    async def _query_vectors(self, tenant: str, search: Search) -> Mapping[DenseName, Embedding | None]:
+        """Return what each dense list is asked with: the query, drawn to what is liked, pushed from what is not."""
+        asked = await self._query_vector(search)
+        drawn = 1.0 if search.wanted or search.picture is not None else UNLIKED_SHARE
+        if not search.like and not search.unlike:
+            return {"image": asked, "text": asked}
+        stored = await self._index.get(tenant, search.products, with_vectors=True) if search.products else {}
+        for name, examples in (("like", search.like), ("unlike", search.unlike)):
+            for number, one in enumerate(examples):
+                if isinstance(one, str) and one not in stored:
+                    raise UnknownExample(f"{name}.{number}", one)
+        seen = {one: await self.embed_picture(one) for one in (*search.like, *search.unlike) if isinstance(one, bytes)}
+
+        def middle(examples: Sequence[Example], space: DenseName) -> Embedding | None:
+            of = (stored[one].vectors.get(space) if isinstance(one, str) else seen[one] for one in examples)
+            return mix([(1.0, vector) for vector in of])
+
+        return {
+            space: mix(
+                [(drawn, asked), (1.0, middle(search.like, space)), (-UNLIKED_SHARE, middle(search.unlike, space))]
+            )
+            for space in _SPACES
+        }
+
     async def _query_vector(self, search: Search) -> Embedding | None:
         # A picture is embedded even at weight 0: a broken one is a mistake whatever the slider says.
         seen = None if search.picture is None else await self.embed_picture(search.picture)
-        read = None if search.words is None or search.weight == 1 else await self.embed_text(search.words)
-        if seen is None or read is None:
-            return read if seen is None else seen
-        return blend(read, seen, search.weight)
+        if search.weight == 1 and search.wanted:
+            return seen
+        read = mix([(term.weight, await self.embed_text(term.text)) for term in search.words if term.weight])
+        if seen is None or not search.wanted:
+            return read if seen is None else mix([(1.0, seen), (UNLIKED_SHARE, read)])
+        return seen if read is None else blend(read, seen, search.weight)
 
     async def _rank(
         self, tenant: str, legs: Sequence[WeightedLeg], where: Filter, upto: int, *, by_picture: bool = False
@@ -192,3 +268,16 @@ class Searcher:
             stored = await self._index.get(tenant, [hit.product_id for hit in hits]) if hits else {}
         # Deleted since it was ranked: left out.
         return [(stored[hit.product_id], hit.score) for hit in hits if hit.product_id in stored]
+
+
+def _lexical(words: Sequence[Term]) -> SparseVector:
+    """Return the terms of all words, each as heavy as its words; what is not wanted counts against a product."""
+    if len(words) == 1 and words[0].weight == 1:
+        return query_vector(words[0].text)
+    terms: defaultdict[int, float] = defaultdict(float)
+    for one in words:
+        vector = query_vector(one.text)
+        for index, value in zip(vector.indices, vector.values, strict=True):
+            terms[index] += one.weight * value
+    kept = sorted((index, value) for index, value in terms.items() if value)
+    return SparseVector(tuple(index for index, _ in kept), tuple(value for _, value in kept))

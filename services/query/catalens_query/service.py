@@ -39,7 +39,7 @@ from catalens_query import models
 from catalens_query.filters import translate
 from catalens_query.pages import Pages, conditional, has_current
 from catalens_query.presenting import export_line, hit, product_answer
-from catalens_query.searching import Found, Search, Searcher
+from catalens_query.searching import Example, Found, Search, Searcher, Term, UnknownExample
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -133,8 +133,9 @@ class QueryService:
         started = time.perf_counter()
         where = translate(body.filters)
         picture = None if body.image is None else await self._picture(body.image, "image")
+        terms = [models.QueryTerm(text=body.query)] if isinstance(body.query, str) else body.query or []
         search = Search(
-            words=body.query,
+            words=tuple(Term(term.text, term.weight) for term in terms),
             picture=picture,
             where=where,
             limit=body.limit if paging.limit is None else paging.limit,
@@ -142,8 +143,13 @@ class QueryService:
             image_weight=body.image_weight,
             mode=body.mode,
             using=body.using,
+            like=await self._examples(body.like, "like"),
+            unlike=await self._examples(body.unlike, "unlike"),
         )
-        found = await self._searcher.search(tenant, search)
+        try:
+            found = await self._searcher.search(tenant, search)
+        except UnknownExample as error:
+            raise invalid((error.field, str(error))) from error
         return models.SearchAnswer(**self._answer(found, started, body.include))
 
     async def _search_image(self, request: web.Request) -> web.Response:
@@ -153,7 +159,7 @@ class QueryService:
         fields = form.values(models.PictureSearchForm, pictures=PICTURE)
         data = form.picture()
         search = Search(
-            words=fields.text,
+            words=() if fields.text is None else (Term(fields.text),),
             picture=data,
             where=translate(fields.filters),
             limit=10 if paging.limit is None else paging.limit,
@@ -421,6 +427,14 @@ class QueryService:
             return await self._images.fetch(picture.url or "")
         except (ForbiddenUrl, InvalidPicture, NotFound, Transient) as error:
             raise invalid((f"{field}.url", str(error))) from error
+
+    async def _examples(self, given: Sequence[str | models.PictureInput], field: str) -> tuple[Example, ...]:
+        return tuple(
+            [
+                one if isinstance(one, str) else await self._picture(one, f"{field}.{number}")
+                for number, one in enumerate(given)
+            ]
+        )
 
     def _inspect(self, picture: bytes) -> PictureInfo:
         return Picture(picture, self._settings.pictures).info
