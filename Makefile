@@ -72,6 +72,7 @@ test-browser: $(VENV)/.dev ## the page in a real headless Chromium
 test-torch: $(VENV)/.torch ## the encoder against torch and transformers (gigabytes)
 	$(BIN)/python -m pytest tests/torch
 
+GPU_PYTHON ?= $(BIN)/python
 CHAOS_KILLS ?= 20
 CHAOS_SECONDS ?= 120
 .PHONY: test-chaos
@@ -89,6 +90,15 @@ bench-pipeline: engines ## events/s through Kafka, ingest over HTTP, freshness
 .PHONY: bench-soak
 bench-soak: engines ## memory over SOAK_MINUTES (30) at full load
 	$(BIN)/python -m benchmarks.soak
+
+BENCH_ENCODER ?=
+.PHONY: bench-encoder
+bench-encoder: $(VENV)/.torch ## CLIP ViT-B/32 beside its peers; BENCH_ENCODER="--quick --only bulk,latency" for a part
+	$(BIN)/python -m benchmarks.encoder $(BENCH_ENCODER)
+
+.PHONY: bench-gpu
+bench-gpu: ## the same model on this machine's GPU; takes the python that holds torch: make bench-gpu GPU_PYTHON=python3
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 .PHONY: reference
 reference: $(VENV)/.dev ## write docs/reference/{settings,metrics}.md, asyncapi.json and .env.example again from the code

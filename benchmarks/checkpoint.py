@@ -43,6 +43,7 @@ def write_checkpoint(folder: Path, texts: list[str]) -> None:
 
 def _write_tokenizer(folder: Path, texts: list[str]) -> None:
     from tokenizers import (  # noqa: PLC0415
+        Regex,
         Tokenizer,
         decoders,
         models,
@@ -53,8 +54,13 @@ def _write_tokenizer(folder: Path, texts: list[str]) -> None:
     )
 
     made = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END))
-    made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # CLIP's own, without which transformers before 5 refuses the tokenizer.
+    space = normalizers.Replace(Regex(r"\s+"), " ")
+    made.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=8000,

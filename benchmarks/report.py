@@ -53,6 +53,12 @@ def commit() -> str:
 
 def publish(name: str, rows: Sequence[Row]) -> None:
     """Print the table and write benchmarks/results/NAME.json."""
+    show(name, rows)
+    write(name, rows)
+
+
+def show(name: str, rows: Sequence[Row]) -> None:
+    """Print the rows as a table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=f"Catalens: {name}")
     for column in columns:
@@ -60,10 +66,14 @@ def publish(name: str, rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def write(name: str, rows: Sequence[Row], **more: object) -> None:
+    """Write benchmarks/results/NAME.json."""
     target = ROOT / "benchmarks" / "results" / f"{name}.json"
     target.parent.mkdir(exist_ok=True)
     taken = datetime.now(UTC).isoformat(timespec="seconds")
-    document = {"taken": taken, "machine": machine(), "commit": commit(), "rows": list(rows)}
+    document = {"taken": taken, "machine": machine(), "commit": commit(), **more, "rows": list(rows)}
     target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"written to {target.relative_to(ROOT)}")
 

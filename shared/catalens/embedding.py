@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from catalens.domain import ModelSpec, SeenPicture, sha256_hex
-from catalens.errors import InvalidPicture, NotFound
+from catalens.errors import InvalidPicture, NotFound, NotLoaded
 from catalens.ports import EmbeddingCache, Encoder
 from catalens.telemetry import Metrics
 
@@ -17,10 +18,23 @@ if TYPE_CHECKING:
 Tower = Literal["image", "text"]
 Compute = Callable[[], Awaitable["Embedding"]]
 
+_DOT: Final = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAAAABJRU5ErkJggg=="
+)
+"""The smallest picture: one black pixel, as PNG."""
+
 
 def cache_key(spec: ModelSpec, tower: Tower, content_sha256: str) -> str:
     """Return the cache key of a content: no two models, towers or contents share one."""
     return f"{spec.fingerprint}:{tower}:{content_sha256}"
+
+
+async def probe(encoder: Encoder) -> tuple[Tower, Embedding]:
+    """Return a vector that a tower of `encoder` computed just now, and which tower; raises as Encoder.embed_text."""
+    try:
+        return "text", await encoder.embed_text("ready")
+    except NotLoaded:
+        return "image", (await encoder.embed_image(_DOT)).embedding
 
 
 class CachedEncoder:
@@ -79,6 +93,10 @@ class CachedEncoder:
     def picture_key(self, content_sha256: str) -> str:
         """Return the cache key of a picture by the SHA-256 of its bytes."""
         return cache_key(self.spec, "image", content_sha256)
+
+    async def probe(self) -> tuple[Tower, Embedding]:
+        """Return a vector that was computed just now, past the cache; see `probe`."""
+        return await probe(self._encoder)
 
     async def compute_text(self, text: str, *, bulk: bool) -> Embedding:
         """Return the text's vector without looking into the cache."""

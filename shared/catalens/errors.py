@@ -51,6 +51,10 @@ class Conflict(CatalensError):
     """The request contradicts an earlier one (HTTP 409), as an Idempotency-Key with another body does."""
 
 
+class NotLoaded(CatalensError):
+    """This process was told not to load what this needs: another one may have it, this one never will (HTTP 501)."""
+
+
 class ModelMismatch(CatalensError):
     """The index was built by another model. Vectors of two models are never mixed, always refused."""
 

@@ -121,6 +121,7 @@ _PROBLEM_TEXT: Final[Mapping[int, str]] = {
     415: "The content type is not the one of this call, or the picture is not a picture",
     422: "An invalid value; `errors` names the fields",
     429: "Too many requests at once; see Retry-After",
+    501: "This process was started without the half of the model that this takes",
     503: "An engine is away or the disk is full; see Retry-After",
 }
 

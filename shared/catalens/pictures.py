@@ -77,7 +77,21 @@ class Picture:
         it decodes in a fraction of the time and memory.
         """
         if wanted is not None:
-            self._shrink(wanted * _DRAFT_MARGIN)
+            self._shrink(wanted * _DRAFT_MARGIN, evenly=True)
+        return self._decode()
+
+    def decode_small(self, wanted: int) -> tuple[Image.Image, tuple[float, float]]:
+        """Return the first frame as `decode` does, but a JPEG as small as `wanted` allows; and the picture's sides.
+
+        Where a side divides with a remainder, the image's last row or column is covered in part, and the side is a
+        fraction shorter than the image's. Raises InvalidPicture: truncated.
+        """
+        # What is turned has its last row elsewhere afterwards; phones, which turn, take pictures that divide.
+        factor = self._shrink(wanted, evenly=self._orientation in _UPRIGHT)
+        image = self._decode()
+        return image, (self.info.width / factor, self.info.height / factor)
+
+    def _decode(self) -> Image.Image:
         try:
             self._image.load()
             image = _rgb(self._image)
@@ -97,12 +111,17 @@ class Picture:
         except Exception as error:  # the boundary: as in decode
             raise _damaged(error) from error
 
-    def _shrink(self, least: int) -> None:
+    def _shrink(self, least: int, *, evenly: bool) -> int:
+        """Have a JPEG decoded at its size divided by what is returned, at least `least` pixels on the shorter side."""
         width, height = self._size
+        if self._image.format not in ("JPEG", "MPO"):
+            return 1
         for factor in (8, 4, 2):
-            if min(width, height) >= least * factor and width % factor == 0 and height % factor == 0:
+            even = width % factor == 0 and height % factor == 0
+            if min(width, height) >= least * factor and (even or not evenly):
                 self._image.draft(None, (width // factor, height // factor))
-                return
+                return factor
+        return 1
 
 
 def check_picture(data: bytes, limits: PictureSettings) -> PictureInfo:
@@ -132,8 +151,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     """Return `image` as RGB: alpha on white, 16 bits cut to their upper 8."""
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or (image.mode != "RGB" and "transparency" in image.info):
-        image = image.convert("RGBA")
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return white

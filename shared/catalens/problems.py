@@ -15,6 +15,7 @@ from catalens.errors import (
     InvalidEvent,
     InvalidPicture,
     NotFound,
+    NotLoaded,
     Overloaded,
     Transient,
 )
@@ -35,6 +36,7 @@ _KINDS: Final = {
     422: ("invalid", "Invalid value"),
     429: ("overloaded", "Too many requests"),
     500: ("internal", "Internal error"),
+    501: ("not-loaded", "Not loaded here"),
     503: ("unavailable", "Temporarily unavailable"),
 }
 
@@ -92,6 +94,8 @@ def _problem(error: CatalensError) -> Problem:
     if isinstance(error, Transient):
         status = 429 if isinstance(error, Overloaded) else 503
         return Problem(status, detail, headers={"Retry-After": str(max(1, round(error.retry_after)))})
+    if isinstance(error, NotLoaded):
+        return Problem(501, detail)
     if isinstance(error, NotFound):
         return Problem(404, detail)
     if isinstance(error, Conflict):

@@ -231,6 +231,9 @@ class Metrics:
             registry=add,
         )
         self.encoder_waiting = Gauge("catalens_encoder_waiting", "Items that wait.", ["tower"], registry=add)
+        self.encoder_restarts = Counter(
+            "catalens_encoder_restarts", "Times that a model that kept failing was loaded again.", registry=add
+        )
         self.encoder_busy = Counter(
             "catalens_encoder_busy_seconds",
             "Seconds that lanes were at work, summed over the lanes; its rate divided by the lanes is the utilisation.",

@@ -1,4 +1,4 @@
-"""What every Encoder promises, on OpenVINO with the tiny bundle; and what only OpenVINO must be held to."""
+"""What every Encoder promises, on each runtime with the tiny bundle; and what only some must be held to."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import sys
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from tests import pictures
 
+from catalens.embedding import probe
 from catalens.encoders import open_encoder
-from catalens.errors import InvalidPicture, Misconfigured, Transient
+from catalens.encoders.choice import RuntimeName
+from catalens.errors import InvalidPicture, Misconfigured, NotLoaded, Transient
 from catalens.ports import Encoder
 from catalens.settings import EncoderSettings, PictureSettings, Settings
 from catalens.telemetry import Metrics
@@ -31,13 +33,17 @@ CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "
 LOCALE = locale.setlocale(locale.LC_CTYPE)
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "fixtures" / "bundles" / "tiny"
+STARTER = ROOT / "models" / "starter" / "bundle"
 
 
-def settings(tmp_path: Path, *, model: Path = TINY, encoder: EncoderSettings | None = None) -> Settings:
+RUNTIMES: tuple[RuntimeName, ...] = ("openvino", "onnx")
+
+
+def settings(tmp_path: Path, *, model: Path = TINY, **encoder: Any) -> Settings:
     return Settings(
         data_dir=tmp_path / "data",
         model=str(model),
-        encoder=encoder or EncoderSettings(lanes=1),
+        encoder=EncoderSettings(**{"lanes": 1, "runtime": "openvino", **encoder}),
         pictures=PictureSettings(max_pixels=1_000_000),
     )
 
@@ -47,9 +53,15 @@ def metrics() -> Metrics:
     return Metrics()
 
 
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest) -> RuntimeName:
+    found: RuntimeName = request.param
+    return found
+
+
 @pytest.fixture
-async def encoder(tmp_path: Path, metrics: Metrics) -> AsyncIterator[Encoder]:
-    async with open_encoder(settings(tmp_path), metrics) as opened:
+async def encoder(tmp_path: Path, metrics: Metrics, runtime: RuntimeName) -> AsyncIterator[Encoder]:
+    async with open_encoder(settings(tmp_path, runtime=runtime), metrics) as opened:
         yield opened
 
 
@@ -149,8 +161,10 @@ async def test_a_caller_that_leaves_disturbs_nobody(encoder: Encoder) -> None:
     assert [isinstance(result, asyncio.CancelledError) for result in results] == [n == 2 for n in range(6)]
 
 
-async def test_closed_means_refused_and_what_was_under_way_is_finished(tmp_path: Path, metrics: Metrics) -> None:
-    async with open_encoder(settings(tmp_path), metrics) as encoder:
+async def test_closed_means_refused_and_what_was_under_way_is_finished(
+    tmp_path: Path, metrics: Metrics, runtime: RuntimeName
+) -> None:
+    async with open_encoder(settings(tmp_path, runtime=runtime), metrics) as encoder:
         tasks = [asyncio.create_task(encoder.embed_text("red", bulk=True), name=f"caller-{n}") for n in range(40)]
         await asyncio.sleep(0)
     assert len(await asyncio.gather(*tasks)) == 40
@@ -180,13 +194,118 @@ async def test_the_same_picture_twice_in_a_batch_is_computed_once(encoder: Encod
         np.testing.assert_array_equal(image.embedding, images[0].embedding)
 
 
-# --- this runtime ----------------------------------------------------------------------------------------------------
+def respoken(bundle: Path, **changes: object) -> Path:
+    """Change the manifest so that its checksums hold again."""
+    path = bundle / "bundle.json"
+    manifest = json.loads(path.read_text()) | changes
+    for name in manifest["files"]:
+        data = (bundle / name).read_bytes()
+        manifest["files"][name] = {"sha256": sha256(data).hexdigest(), "bytes": len(data)}
+    path.write_text(json.dumps(manifest))
+    return bundle
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [({"vision.onnx": b"no graph"}, r"vision\.onnx"), ({"tokenizer.json": b"{}"}, r"tokenizer\.json"), ({}, "17")],
+)
+async def test_a_bundle_that_cannot_run_is_refused_by_name(
+    tmp_path: Path, spoil: dict[str, bytes], named: str, runtime: RuntimeName
+) -> None:
+    bundle = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    for name, data in spoil.items():
+        (bundle / name).write_bytes(data)
+    respoken(bundle, **({} if spoil else {"dimension": 17}))
+    with pytest.raises(Misconfigured, match=named):
+        async with open_encoder(settings(tmp_path, model=bundle, runtime=runtime), Metrics()):
+            pass
+
+
+async def test_a_runtime_that_computes_nonsense_is_refused(tmp_path: Path, runtime: RuntimeName) -> None:
+    check = json.loads((TINY / "bundle.json").read_text())["check"]
+    bundle = respoken(
+        Path(shutil.copytree(TINY, tmp_path / "bundle")), check=check | {"pixels": [*check["pixels"][1:], 0.0]}
+    )
+    with pytest.raises(Misconfigured, match=r"vision\.onnx gives wrong vectors"):
+        async with open_encoder(settings(tmp_path, model=bundle, runtime=runtime), Metrics()):
+            pass
+
+
+async def test_the_number_of_lanes_changes_no_vector(tmp_path: Path, runtime: RuntimeName) -> None:
+    demo = [path.read_bytes() for path in sorted((ROOT / "demo" / "images").glob("*.jpg"))[:6]]
+    seen = []
+    for lanes in (1, 3):
+        chosen = settings(tmp_path, model=STARTER, runtime=runtime, lanes=lanes)
+        chosen = chosen.model_copy(update={"pictures": PictureSettings()})
+        async with open_encoder(chosen, Metrics()) as encoder:
+            encoded = await asyncio.gather(*(encoder.embed_image(picture, bulk=True) for picture in demo))
+            seen.append(np.stack([one.embedding for one in encoded]))
+    np.testing.assert_allclose(seen[0], seen[1], atol=1e-4)
+
+
+async def test_a_file_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    (bundle / "text.onnx").write_bytes((TINY / "vision.onnx").read_bytes())
+    with pytest.raises(Misconfigured, match=r"text\.onnx"):
+        async with open_encoder(settings(tmp_path, model=bundle), Metrics()):
+            pass
+
+
+@pytest.mark.parametrize("towers", ["image", "text"])
+async def test_one_tower_alone_is_loaded_and_the_other_is_refused(
+    tmp_path: Path, metrics: Metrics, runtime: RuntimeName, towers: str
+) -> None:
+    bundle = respoken(Path(shutil.copytree(TINY, tmp_path / "bundle")))
+    other = {"image": "text.onnx", "text": "vision.onnx"}[towers]
+    (bundle / other).write_bytes(b"no graph: whoever reads it fails")
+    async with open_encoder(settings(tmp_path, model=TINY, runtime=runtime), Metrics()) as whole:
+        expected = await whole.embed_text("red"), (await whole.embed_image(pictures.jpeg())).embedding
+    alone = settings(tmp_path, model=respoken(bundle), runtime=runtime, towers=towers)
+    async with open_encoder(alone, metrics) as encoder:
+        if towers == "text":
+            np.testing.assert_array_equal(await encoder.embed_text("red"), expected[0])
+            with pytest.raises(NotLoaded, match="CATALENS_ENCODER__TOWERS=text"):
+                await encoder.embed_image(pictures.jpeg())
+        else:
+            np.testing.assert_array_equal((await encoder.embed_image(pictures.jpeg())).embedding, expected[1])
+            with pytest.raises(NotLoaded, match="CATALENS_ENCODER__TOWERS=image"):
+                await encoder.embed_text("red")
+        tower, vector = await probe(encoder)
+        assert (tower, vector.shape) == (towers, (16,))
+        assert sample(metrics, "catalens_encoder_lanes", tower=towers) == 1
+        assert metrics.registry.get_sample_value("catalens_encoder_lanes", {"tower": other.split(".")[0]}) is None
+
+
+def many_pictures() -> list[bytes]:
+    """200 pictures, no two alike, of all shapes."""
+    return [pictures.encode(pictures.scene(20 + n, 220 - n).rotate(n * 3), "PNG") for n in range(200)]
+
+
+def many_texts() -> list[str]:
+    words = ["red", "blue", "noir", "dress", "shoe", "and", "a", "green", "wooden", "unheard-of"]
+    return [" ".join(words[(n * k + k) % 10] for k in range(1, 2 + n % 12)) + f" {n}" for n in range(200)]
+
+
+@pytest.mark.parametrize("model", [TINY, STARTER], ids=["tiny", "starter"])
+async def test_runtimes_agree_and_share_a_fingerprint(tmp_path: Path, model: Path) -> None:
+    seen, fingerprints = [], set()
+    for runtime in RUNTIMES:
+        async with open_encoder(settings(tmp_path, model=model, runtime=runtime), Metrics()) as encoder:
+            images = await asyncio.gather(*(encoder.embed_image(data, bulk=True) for data in many_pictures()))
+            texts = await asyncio.gather(*(encoder.embed_text(text, bulk=True) for text in many_texts()))
+            seen.append(np.stack([*(image.embedding for image in images), *texts]))
+            fingerprints.add(encoder.spec.fingerprint)
+    np.testing.assert_allclose(seen[0], seen[1], atol=1e-4)
+    assert len(fingerprints) == 1
+
+
+# --- one runtime ----------------------------------------------------------------------------------------------------
 
 
 async def test_a_spoilt_cache_costs_time_and_nothing_else(tmp_path: Path) -> None:
     async with open_encoder(settings(tmp_path), Metrics()) as encoder:
         expected = await encoder.embed_text("red")
-    blobs = [path for path in (tmp_path / "data" / "cache").rglob("*") if path.is_file()]
+    blobs = [path for path in (tmp_path / "data" / "cache" / "openvino").rglob("*") if path.is_file()]
     assert len(blobs) == 2
     for number, blob in enumerate(blobs):
         blob.chmod(0o600)
@@ -204,7 +323,7 @@ async def test_without_a_place_for_its_cache_it_runs_all_the_same(tmp_path: Path
 
 
 async def test_precisions_do_not_share_a_fingerprint_or_a_cache(tmp_path: Path) -> None:
-    half = settings(tmp_path, encoder=EncoderSettings(lanes=1, precision="bf16"))
+    half = settings(tmp_path, precision="bf16")
     async with open_encoder(settings(tmp_path), Metrics()) as full:
         fingerprint = full.spec.fingerprint
     if "amx_bf16" in CPU or "avx512_bf16" in CPU:
@@ -217,59 +336,31 @@ async def test_precisions_do_not_share_a_fingerprint_or_a_cache(tmp_path: Path) 
                 pass
 
 
-def respoken(bundle: Path, **changes: object) -> Path:
-    """Change the manifest so that its checksums hold again."""
-    path = bundle / "bundle.json"
-    manifest = json.loads(path.read_text()) | changes
-    for name in manifest["files"]:
-        data = (bundle / name).read_bytes()
-        manifest["files"][name] = {"sha256": sha256(data).hexdigest(), "bytes": len(data)}
-    path.write_text(json.dumps(manifest))
-    return bundle
-
-
-@pytest.mark.parametrize(
-    ("spoil", "named"),
-    [({"vision.onnx": b"no graph"}, r"vision\.onnx"), ({"tokenizer.json": b"{}"}, r"tokenizer\.json"), ({}, "17")],
-)
-async def test_a_bundle_that_cannot_run_is_refused_by_name(tmp_path: Path, spoil: dict[str, bytes], named: str) -> None:
-    bundle = Path(shutil.copytree(TINY, tmp_path / "bundle"))
-    for name, data in spoil.items():
-        (bundle / name).write_bytes(data)
-    respoken(bundle, **({} if spoil else {"dimension": 17}))
-    with pytest.raises(Misconfigured, match=named):
-        async with open_encoder(settings(tmp_path, model=bundle), Metrics()):
+async def test_onnx_runtime_refuses_what_it_does_not_compute(tmp_path: Path) -> None:
+    with pytest.raises(Misconfigured, match=r"f32 alone.*CATALENS_ENCODER__PRECISION=f32"):
+        async with open_encoder(settings(tmp_path, runtime="onnx", precision="bf16"), Metrics()):
             pass
 
 
-async def test_a_runtime_that_computes_nonsense_is_refused(tmp_path: Path) -> None:
-    check = json.loads((TINY / "bundle.json").read_text())["check"]
-    bundle = respoken(
-        Path(shutil.copytree(TINY, tmp_path / "bundle")), check=check | {"pixels": [*check["pixels"][1:], 0.0]}
-    )
-    with pytest.raises(Misconfigured, match=r"vision\.onnx gives wrong vectors"):
-        async with open_encoder(settings(tmp_path, model=bundle), Metrics()):
-            pass
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_process_imports_the_runtime_that_it_runs_and_no_other(tmp_path: Path, runtime: str) -> None:
+    code = f"""
+import asyncio, sys
+from catalens.encoders import open_encoder
+from catalens.settings import EncoderSettings, Settings
+from catalens.telemetry import Metrics
 
+async def main():
+    encoder = EncoderSettings(lanes=1, runtime={runtime!r})
+    settings = Settings(data_dir={str(tmp_path)!r}, model={str(TINY)!r}, encoder=encoder)
+    async with open_encoder(settings, Metrics()) as opened:
+        await opened.embed_text("red")
 
-async def test_the_number_of_lanes_changes_no_vector(tmp_path: Path) -> None:
-    demo = [path.read_bytes() for path in sorted((ROOT / "demo" / "images").glob("*.jpg"))[:6]]
-    seen = []
-    for lanes in (1, 3):
-        chosen = settings(tmp_path, model=ROOT / "models" / "starter" / "bundle", encoder=EncoderSettings(lanes=lanes))
-        chosen = chosen.model_copy(update={"pictures": PictureSettings()})
-        async with open_encoder(chosen, Metrics()) as encoder:
-            encoded = await asyncio.gather(*(encoder.embed_image(picture, bulk=True) for picture in demo))
-            seen.append(np.stack([one.embedding for one in encoded]))
-    np.testing.assert_allclose(seen[0], seen[1], atol=1e-4)
-
-
-async def test_a_file_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(TINY, tmp_path / "bundle"))
-    (bundle / "text.onnx").write_bytes((TINY / "vision.onnx").read_bytes())
-    with pytest.raises(Misconfigured, match=r"text\.onnx"):
-        async with open_encoder(settings(tmp_path, model=bundle), Metrics()):
-            pass
+asyncio.run(main())
+print(*sorted({{"onnx", "onnxruntime", "openvino", "torch", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1:] == [{"openvino": "openvino", "onnx": "onnxruntime"}[runtime]]
 
 
 def test_the_runtimes_telemetry_is_neither_asked_nor_fed(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from catalens.encoders.bundle import Bundle, load_bundle, read_manifest, resolve
+from catalens.encoders.bundle import TEXT, Bundle, load_bundle, read_manifest, resolve
 from catalens.errors import Misconfigured
 
 TINY = Path(__file__).parents[1] / "fixtures" / "bundles" / "tiny"
@@ -166,3 +168,32 @@ print(sorted({{"numpy", "openvino", "tokenizers", "PIL"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["16", "[]"]
+
+
+def test_what_was_verified_is_read_again_once_it_is_touched(bundle: Path, tmp_path: Path) -> None:
+    known = tmp_path / "verified.json"
+    load_bundle(bundle, verified=known)
+    load_bundle(bundle, verified=known)
+    graph = bundle / TEXT
+    before = graph.stat()
+    data = bytearray(graph.read_bytes())
+    data[len(data) // 2] ^= 1
+    graph.write_bytes(data)
+    os.utime(graph, ns=(before.st_atime_ns, before.st_mtime_ns))  # whoever restores the time changes the entry's
+    with pytest.raises(Misconfigured, match="SHA-256"):
+        load_bundle(bundle, verified=known)
+
+
+def test_what_was_verified_is_not_read_again(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = tmp_path / "cache" / "verified.json"
+    load_bundle(bundle, verified=known)
+
+    def read(*_: object) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(hashlib, "file_digest", read)
+    load_bundle(bundle, verified=known)
+    for spoilt in ("", "[]", "null", '{"a": 1'):
+        known.write_text(spoilt)
+        with pytest.raises(AssertionError, match="it was read"):
+            load_bundle(bundle, verified=known)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from tests import pictures
 from tests.fixtures.preprocess.make_golden import CASES, MEAN, SIZE, STD
 
 from catalens.encoders.bundle import ImageInput
-from catalens.encoders.preprocess import Preprocessor
+from catalens.encoders.preprocess import Pixels, Preprocessor
 from catalens.errors import InvalidPicture
 from catalens.pictures import Picture, check_picture
 from catalens.settings import PictureSettings
@@ -40,7 +42,9 @@ def reason(data: bytes, limits: PictureSettings = LIMITS) -> str:
         check_picture(data, limits)
     with pytest.raises(InvalidPicture) as when_decoded:
         Picture(data, limits).decode()
-    assert when_decoded.value.reason == at_the_door.value.reason
+    with pytest.raises(InvalidPicture) as when_decoded_small:
+        Picture(data, limits).decode_small(8)
+    assert when_decoded.value.reason == when_decoded_small.value.reason == at_the_door.value.reason
     return at_the_door.value.reason
 
 
@@ -212,10 +216,16 @@ def test_a_picture_of_exactly_the_allowed_pixels_passes() -> None:
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def spec(resize: str = "shortest_edge", resize_to: int = SIZE, interpolation: str = "bicubic") -> ImageInput:
+def spec(
+    resize: str = "shortest_edge",
+    resize_to: int = SIZE,
+    interpolation: str = "bicubic",
+    decode: str = "fine",
+    size: int = SIZE,
+) -> ImageInput:
     return ImageInput.model_validate(
         {
-            "size": SIZE,
+            "size": size,
             "resize_to": resize_to,
             "resize": resize,
             "crop": "center",
@@ -223,8 +233,15 @@ def spec(resize: str = "shortest_edge", resize_to: int = SIZE, interpolation: st
             "rescale": 1 / 255,
             "mean": MEAN,
             "std": STD,
+            "decode": decode,
         }
     )
+
+
+def off(ours: Pixels, theirs: Pixels) -> NDArray[np.float64]:
+    """Return by how many of 255 levels two pictures' pixels differ."""
+    levels: NDArray[np.float64] = np.abs(ours.astype(np.float64) - theirs) * np.asarray(STD).reshape(3, 1, 1) * 255
+    return levels
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -262,7 +279,100 @@ def test_a_jpeg_that_is_shrunk_while_decoding_gives_almost_the_same_pixels(size:
     assert min(shrunk.size) >= 4 * SIZE
     assert (shrunk.size == whole.size) == any(side % 2 for side in size)
     preprocess = Preprocessor(spec())
-    to_levels = 255 * np.asarray(STD).reshape(3, 1, 1)
-    difference = np.abs((preprocess(whole) - preprocess(shrunk)) * to_levels)
-    assert difference.max() <= 3
-    assert difference.mean() <= 0.5
+    assert off(preprocess(whole), preprocess(shrunk)).max() <= 3
+    assert off(preprocess(whole), preprocess(shrunk)).mean() <= 0.5
+    assert np.array_equal(preprocess.read(Picture(data, LIMITS)), preprocess(shrunk))
+
+
+def test_pixels_are_written_where_they_are_wanted() -> None:
+    batch = np.full((3, 3, SIZE, SIZE), 7, np.float32)
+    data = pictures.jpeg()
+    pixels = Preprocessor(spec()).read(Picture(data, LIMITS), batch[1])
+    assert np.array_equal(batch[1], Preprocessor(spec())(decoded(data)))
+    assert pixels.base is batch
+    assert (batch[[0, 2]] == 7).all()
+
+
+# --- fast ------------------------------------------------------------------------------------------------------------
+
+PHOTO = Path("demo/images/hanging-plant.jpg")  # leaves: what shrinking spoils is their edges
+
+
+def photo(width: int, height: int) -> Image.Image:
+    with Image.open(PHOTO) as image:
+        return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+FAST: dict[str, tuple[str, dict[str, Any], str]] = {
+    "jpeg-420": ("JPEG", {"quality": 90, "subsampling": "4:2:0"}, "RGB"),
+    "jpeg-444": ("JPEG", {"quality": 90, "subsampling": "4:4:4"}, "RGB"),
+    "jpeg-progressive": ("JPEG", {"quality": 90, "progressive": True}, "RGB"),
+    "jpeg-grey": ("JPEG", {"quality": 90}, "L"),
+    "jpeg-cmyk": ("JPEG", {"quality": 90}, "CMYK"),
+    "mpo": ("MPO", {"quality": 90}, "RGB"),
+    "png": ("PNG", {"compress_level": 1}, "RGB"),
+    "png-alpha": ("PNG", {"compress_level": 1}, "RGBA"),
+    "png-16": ("PNG", {"compress_level": 1}, "I;16"),
+    "webp": ("WEBP", {"quality": 90, "method": 0}, "RGB"),
+    "gif": ("GIF", {}, "P"),
+    "avif": ("AVIF", {"quality": 90, "speed": 10}, "RGB"),
+}
+
+
+@pytest.mark.parametrize("resize", ["shortest_edge", "squash", "pad"])
+@pytest.mark.parametrize("name", FAST)
+def test_fast_is_close_to_the_whole_decode(name: str, resize: str) -> None:
+    kind, options, mode = FAST[name]
+    image = photo(1001, 667)
+    if mode == "RGBA":
+        image.putalpha(image.convert("L"))
+    elif mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    data = pictures.encode(image, kind, **options)
+    whole = Preprocessor(spec(resize, 224, size=224))(decoded(data))
+    fast = Preprocessor(spec(resize, 224, size=224, decode="fast")).read(Picture(data, LIMITS))
+    assert fast.shape == whole.shape
+    difference = off(fast, whole)
+    assert difference.mean() <= 1.0
+    assert np.quantile(difference, 0.999) <= 16
+    image, sides = Picture(data, LIMITS).decode_small(224)
+    shrunk = kind in ("JPEG", "MPO")
+    assert image.size == ((501, 334) if shrunk else (1001, 667))
+    assert sides == ((500.5, 333.5) if shrunk else (1001, 667))
+
+
+@pytest.mark.parametrize("wanted", [96, 97])
+def test_fast_decodes_as_small_as_is_wanted_and_no_smaller(wanted: int) -> None:
+    data = pictures.jpeg(photo(1024, 768))
+    image, sides = Picture(data, LIMITS).decode_small(wanted)
+    assert image.size == sides == ((128, 96) if wanted == 96 else (256, 192))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(800, 528), (801, 531)])
+def test_fast_turns_what_its_exif_says(size: tuple[int, int], orientation: int) -> None:
+    data = pictures.rotated_jpeg(photo(*size), orientation)
+    whole = Preprocessor(spec(resize_to=100, size=100))(decoded(data))
+    fast = Preprocessor(spec(resize_to=100, size=100, decode="fast")).read(Picture(data, LIMITS))
+    assert off(fast, whole).mean() <= 1.6  # 20 and more when it is turned in another way
+    image, _ = Picture(data, LIMITS).decode_small(100)
+    # Odd sides of a picture that is turned are decoded whole.
+    assert max(image.size) == (801 if size == (801, 531) and orientation > 1 else 201 if size == (801, 531) else 200)
+
+
+@pytest.mark.parametrize("resize", ["shortest_edge", "squash", "pad"])
+@pytest.mark.parametrize("size", [(1, 1), (9, 7), (300, 2), (3, 400), (32, 32)])
+def test_fast_enlarges_what_is_small_as_before(size: tuple[int, int], resize: str) -> None:
+    data = pictures.encode(pictures.scene(*size), "PNG")
+    whole = Preprocessor(spec(resize))(decoded(data))
+    fast = Preprocessor(spec(resize, decode="fast")).read(Picture(data, LIMITS))
+    assert off(fast, whole).max() <= 16
+    assert off(fast, whole).mean() <= 0.5
+
+
+def test_fast_costs_a_strip_no_more_memory_than_it_has() -> None:
+    data = pictures.encode(Image.new("RGB", (1_000_000, 1), (200, 0, 0)), "PNG")
+    fast = Preprocessor(spec(decode="fast")).read(Picture(data, LIMITS))
+    assert np.ptp(fast, axis=(1, 2)).max() == 0

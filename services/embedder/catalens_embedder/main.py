@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import structlog
 
 from catalens.domain import DEFAULT_TENANT, Filter, Leg
+from catalens.embedding import probe
 from catalens.engines import EngineRoom
 from catalens.errors import CatalensError
 from catalens.generations import Encoders, Generation, Generations
@@ -17,7 +18,7 @@ from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
 from catalens_embedder.housekeeping import keep_house
 from catalens_embedder.shifts import work
-from catalens_embedder.worker import Embedder
+from catalens_embedder.worker import Embedder, require_pictures
 
 log = structlog.get_logger(__name__)
 
@@ -25,8 +26,10 @@ log = structlog.get_logger(__name__)
 async def serve(settings: Settings) -> None:
     """Turn events into vectors until SIGTERM or SIGINT, then drain, commit and leave the group.
 
-    Raises as EngineRoom, Generations.open and `serving`, and FailingWorker when too much ends as dead letters.
+    Raises as EngineRoom, Generations.open and `serving`, Misconfigured without a picture tower, and FailingWorker when
+    too much ends as dead letters.
     """
+    require_pictures(settings)
     metrics = Metrics()
     async with (
         stop_on_signals() as stop,
@@ -52,8 +55,8 @@ async def serve(settings: Settings) -> None:
         async def ready() -> Mapping[str, str]:
             try:
                 with generations.use() as generation:
-                    vector = await generation.encoder.embed_text("ready")
-                    await generation.index.search(DEFAULT_TENANT, [Leg("text", vector, 1)], Filter())
+                    tower, vector = await probe(generation.encoder)
+                    await generation.index.search(DEFAULT_TENANT, [Leg(tower, vector, 1)], Filter())
             except CatalensError as error:
                 return {"embedder": str(error)}
             return {"embedder": "ok"}

@@ -34,7 +34,7 @@ from catalens.ports import (
 from catalens.retry import RetryPolicy, SystemClock, with_retries
 from catalens.settings import Settings
 from catalens.telemetry import Metrics
-from catalens_embedder.worker import Embedder
+from catalens_embedder.worker import Embedder, require_pictures
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -429,8 +429,9 @@ async def drop(indexes: Indexes, name: str) -> None:
 async def reindex(settings: Settings, model: str | None, *, rebuild: bool = False, report: Report) -> IndexInfo:
     """Run a Reindexer in a process of its own, on the engines that the settings name; None is the current model.
 
-    Raises as Reindexer.run, EngineRoom and open_encoder.
+    Raises as Reindexer.run, EngineRoom and open_encoder, and Misconfigured without a picture tower.
     """
+    require_pictures(settings)
     async with EngineRoom(settings) as room:
         indexes = await room.indexes()
         current = await indexes.current()

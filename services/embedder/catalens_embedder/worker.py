@@ -31,7 +31,16 @@ from catalens.domain import (
     WriteOutcome,
 )
 from catalens.embedding import CachedEncoder, Compute
-from catalens.errors import CatalensError, ForbiddenUrl, InvalidEvent, InvalidPicture, NotFound, StorageFull, Transient
+from catalens.errors import (
+    CatalensError,
+    ForbiddenUrl,
+    InvalidEvent,
+    InvalidPicture,
+    Misconfigured,
+    NotFound,
+    StorageFull,
+    Transient,
+)
 from catalens.events import Outcome, ProductEvent
 from catalens.measured import MeasuredImages
 from catalens.ports import (
@@ -68,6 +77,15 @@ _NO_BLOB = "0" * 64
 _BATCHES_AT_ONCE = 2  # while one batch is being written the next one is in the encoder
 
 
+def require_pictures(settings: Settings) -> None:
+    """Raise Misconfigured where products' pictures could not be embedded: no product would be complete."""
+    if settings.encoder.towers == "text":
+        raise Misconfigured(
+            "CATALENS_ENCODER__TOWERS=text leaves out the tower that embeds products' pictures: "
+            "set it to image or both here, and to text for query services only"
+        )
+
+
 class EngineAway(Transient):
     """`engine` did not answer, which says nothing about the event."""
 
@@ -86,8 +104,8 @@ class _Job:
     """By reference or URL."""
     picture_error: str | None = None
     """Why a picture failed, or all of them if `pictures` is empty."""
-    text_key: str = ""
-    """Of the text's vector, once that was asked for."""
+    text_key: str | None = None
+    """Of the text's vector, once that was asked for; None in a process without the text tower."""
 
     @property
     def product(self) -> Product:
@@ -125,6 +143,7 @@ class Embedder:
         self._blobs = blobs
         self._images = MeasuredImages(images, metrics)
         self._settings = settings.embedder
+        self._reads_texts = settings.encoder.towers != "image"
         self._metrics = metrics
         self._clock = clock
         self._expiry_days = settings.log.dead_letter_days
@@ -589,9 +608,10 @@ class Embedder:
     def _computations(self, jobs: Sequence[_Job]) -> dict[str, Compute]:
         wanted: dict[str, Compute] = {}
         for job in jobs:
-            text = lexical.text_for_embedding(job.product)
-            job.text_key = self._encoder.text_key(text)
-            wanted[job.text_key] = self._text_job(text)
+            if self._reads_texts:
+                text = lexical.text_for_embedding(job.product)
+                job.text_key = self._encoder.text_key(text)
+                wanted[job.text_key] = self._text_job(text)
             for image in job.product.images:
                 if image.blob is not None:
                     wanted[self._encoder.picture_key(image.blob)] = self._picture_job(image.blob)
@@ -612,7 +632,7 @@ class Embedder:
         for image in product.images:
             if image.blob is not None:
                 self._note_picture(job, image.blob, vectors[self._encoder.picture_key(image.blob)])
-        text = vectors[job.text_key]
+        text = None if job.text_key is None else vectors[job.text_key]
         return IndexDocument(
             tenant=job.event.tenant,
             product=product,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from catalens.domain import Condition, Filter, LegHit, ProductId, SparseVector, StoredProduct
-from catalens.embedding import CachedEncoder
-from catalens.errors import NotFound, Transient
+from catalens.embedding import CachedEncoder, Tower
+from catalens.errors import NotFound, NotLoaded, Transient
 from catalens.lexical import query_vector
 from catalens.ports import VectorIndex
 from catalens.telemetry import Metrics, stage
@@ -131,26 +131,26 @@ class Searcher:
         self._patience = encoder_patience
 
     async def embed_text(self, text: str) -> Embedding:
-        """Return the text's vector; raises Transient (no encoder, none that answers) and Overloaded."""
+        """Return the text's vector; raises Transient (no encoder, none that answers), Overloaded and NotLoaded."""
         return await self._in_time(self._present.text(text))
 
     async def embed_picture(self, data: bytes) -> Embedding:
         """Return the picture's vector; raises as embed_text, and InvalidPicture."""
         return await self._in_time(self._present.picture(data))
 
-    async def probe(self) -> Embedding:
-        """Return a vector that was computed just now, past the cache; raises as embed_text."""
-        return await self._in_time(self._present.compute_text("ready", bulk=False))
+    async def probe(self) -> tuple[Tower, Embedding]:
+        """Return a vector that a loaded tower computed just now, and which; raises Transient and Overloaded."""
+        return await self._in_time(self._present.probe())
 
     async def search(self, tenant: str, search: Search) -> Found:
-        """Return the page that was asked for; raises InvalidPicture, Transient, Overloaded."""
+        """Return the page that was asked for; raises InvalidPicture, Transient, Overloaded, NotLoaded."""
         chosen = plan(search.mode, search.using, search.weight, words=search.words_share)
         degraded, dense, lexical = None, _NOTHING, None
         if chosen.mode != "lexical":
             try:
                 with stage(self._metrics.search_stages, "encode"):
                     dense = await self._query_vectors(tenant, search)
-            except Transient as error:
+            except (Transient, NotLoaded) as error:
                 if search.mode != "auto" or chosen.mode != "hybrid":
                     raise
                 chosen, degraded = LEXICAL, f"searched by words only: {error}"

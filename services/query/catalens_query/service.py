@@ -93,7 +93,8 @@ class QueryService:
         legs = [Leg("lexical", SparseVector((1,), (1.0,)), 1)]
         checks: dict[str, str] = {}
         try:
-            legs.append(Leg("text", await self._searcher.probe(), 1))
+            tower, vector = await self._searcher.probe()
+            legs.append(Leg(tower, vector, 1))
             checks["encoder"] = "ok"
         except CatalensError as error:
             checks["encoder"] = str(error)
@@ -112,10 +113,11 @@ class QueryService:
 
         return [
             row("POST", "search", self._search, "Search by words, by picture or by both",
-                params=models.Paging, body=models.SearchRequest, responses={200: models.SearchAnswer}),
+                params=models.Paging, body=models.SearchRequest, responses={200: models.SearchAnswer},
+                problems=(501,)),
             row("POST", "search-image", self._search_image, "Search with an uploaded picture",
                 params=models.Paging, form=models.PictureSearchForm, pictures=(PICTURE,),
-                responses={200: models.PictureSearchAnswer}),
+                responses={200: models.PictureSearchAnswer}, problems=(501,)),
             row("POST", "search/batch", self._search_batch, "Several searches in one call",
                 body=models.SearchBatch, responses={200: models.SearchBatchAnswer}),
             row("GET", "products/{product_id}/similar", self._similar, "More like this",
@@ -292,14 +294,14 @@ class QueryService:
 
         return [
             row("embed", self._embed, "Embed a text",
-                body=models.EmbedRequest, responses={200: models.EmbedAnswer}),
+                body=models.EmbedRequest, responses={200: models.EmbedAnswer}, problems=(501,)),
             row("embed-image", self._embed_image, "Embed a picture",
-                form=models.NoFields, pictures=(PICTURE,), responses={200: models.EmbedAnswer}),
+                form=models.NoFields, pictures=(PICTURE,), responses={200: models.EmbedAnswer}, problems=(501,)),
             row("embed/batch", self._embed_batch, "Embed several texts in one call",
                 body=models.EmbedBatch, responses={200: models.EmbedBatchAnswer}),
             row("similarity", self._similarity, "Compare two texts or pictures",
                 body=models.SimilarityRequest, form=models.NoFields, pictures=tuple((name,) for name in _PAIR),
-                responses={200: models.SimilarityAnswer}),
+                responses={200: models.SimilarityAnswer}, problems=(501,)),
         ]  # fmt: skip
 
     async def _embed(self, request: web.Request) -> web.Response:

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from catalens.errors import CatalensError
-from catalens_standalone import cli_dlq, cli_reindex, cli_topics
+from catalens_standalone import cli_dlq, cli_model, cli_reindex, cli_topics
 from catalens_standalone.terminal import printable
 
 # Everything heavy is imported inside the commands, so that --help and search answer at once.
@@ -159,7 +159,7 @@ async def _fill_demo(settings: Settings, address: asyncio.Future[str]) -> None:
     from catalens_standalone.importer import Importer, Journal, Source
 
     console = _errors()
-    catalogue = _demo_folder() / "catalog.jsonl"
+    catalogue = demo_folder() / "catalog.jsonl"
     url = await address
     async with connect(url, service_key(settings)) as client:
         lines = (await asyncio.to_thread(catalogue.read_bytes)).splitlines()
@@ -192,7 +192,7 @@ def _signpost(url: str, picture: Path) -> str:
     )
 
 
-def _demo_folder() -> Path:
+def demo_folder() -> Path:
     """Return where the demo catalogue lies: in the wheel, or at the top of the repository."""
     here = Path(__file__).parent
     return next(folder for folder in (here / "demo", here.parents[2] / "demo") if (folder / "catalog.jsonl").exists())
@@ -518,6 +518,7 @@ app.command()(cli_reindex.reindex)
 app.command()(cli_reindex.reconcile)
 app.add_typer(cli_topics.app, name="topics")
 app.add_typer(cli_dlq.app, name="dlq")
+app.add_typer(cli_model.app, name="model")
 
 
 # --- what they share --------------------------------------------------------------------------------------

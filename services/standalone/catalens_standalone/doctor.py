@@ -184,6 +184,7 @@ async def _running(settings: Settings) -> Check | None:
 
 async def _engines(settings: Settings, spec: ModelSpec) -> list[Check]:
     # Heavy, and only needed when no process runs.
+    from catalens.embedding import probe  # noqa: PLC0415  # the quick checks go without
     from catalens.encoders import open_encoder  # noqa: PLC0415  # the quick checks go without
     from catalens.engines import open_engines  # noqa: PLC0415  # the quick checks go without
     from catalens.telemetry import Metrics  # noqa: PLC0415  # the quick checks go without
@@ -191,8 +192,8 @@ async def _engines(settings: Settings, spec: ModelSpec) -> list[Check]:
     checks = []
     try:
         async with open_encoder(settings, Metrics()) as encoder:
-            await encoder.embed_text("red shoe")
-        checks.append(Check("encoder", "ok", "embeds a text"))
+            tower, _ = await probe(encoder)
+        checks.append(Check("encoder", "ok", "embeds a text" if tower == "text" else "embeds a picture"))
     except CatalensError as error:
         checks.append(Check("encoder", "fail", str(error), "look at CATALENS_MODEL and CATALENS_ENCODER__…"))
     if not settings.data_dir.exists():

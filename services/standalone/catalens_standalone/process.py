@@ -16,7 +16,7 @@ from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
 from catalens_embedder.housekeeping import keep_house
 from catalens_embedder.shifts import work
-from catalens_embedder.worker import Embedder
+from catalens_embedder.worker import Embedder, require_pictures
 from catalens_ingest.service import BundleInfo, IngestService
 from catalens_query.current import CurrentQuery
 from catalens_query.service import QueryService
@@ -28,8 +28,10 @@ log = structlog.get_logger(__name__)
 async def serve(settings: Settings, *, ready: Callable[[str], None] | None = None) -> None:
     """Run until SIGTERM or SIGINT, then drain; `ready` is called once with the address that answers.
 
-    Raises Misconfigured (port or folder taken, unsafe binding) and ModelMismatch before anything is served.
+    Raises Misconfigured (port or folder taken, unsafe binding, no picture tower) and ModelMismatch before anything is
+    served.
     """
+    require_pictures(settings)
     metrics = Metrics()
     clock = SystemClock()
     async with AsyncExitStack() as stack:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from catalens.batching import BatchPolicy, MicroBatcher
 from catalens.domain import ModelSpec
 from catalens.encoders.towers import TextTower, Tower, VisionTower
+from catalens.errors import NotLoaded
 from catalens.ports import EncodedImage
 from catalens.settings import EncoderSettings
 from catalens.telemetry import Metrics
@@ -21,32 +22,38 @@ Result = TypeVar("Result")
 
 
 class BatchedEncoder:
-    """Encoder: pictures and texts have lanes of their own, so that neither waits for the other."""
+    """Encoder: pictures and texts have lanes of their own, so that neither waits for the other.
+
+    A tower that is None has none, and asking for it raises NotLoaded.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
-        vision: VisionTower,
-        text: TextTower,
+        vision: VisionTower | None,
+        text: TextTower | None,
         settings: EncoderSettings,
         lanes: int,
         metrics: Metrics,
     ) -> None:
         self._spec = spec
-        policy = BatchPolicy(settings.max_batch, settings.linger)
-        self._pictures: MicroBatcher[bytes, EncodedImage] = MicroBatcher(
-            "image", _stages("image", vision, metrics), lanes=lanes, policy=policy, capacity=settings.queue
-        )
-        self._texts: MicroBatcher[str, Embedding] = MicroBatcher(
-            "text", _stages("text", text, metrics), lanes=lanes, policy=policy, capacity=settings.queue
-        )
-        metrics.encoder_lanes.labels("image").set(lanes)
-        metrics.encoder_lanes.labels("text").set(lanes)
+
+        def batcher(name: str, tower: Tower[Item, Any, Result] | None) -> MicroBatcher[Item, Result] | None:
+            if tower is None:
+                return None
+            policy = BatchPolicy(settings.max_batch, settings.linger)
+            made = MicroBatcher(
+                name, _stages(name, tower, metrics), lanes=lanes, policy=policy, capacity=settings.queue
+            )
+            metrics.encoder_lanes.labels(name).set(lanes)
+            metrics.encoder_waiting.labels(name).set_function(made.waiting)
+            return made
+
+        self._pictures: MicroBatcher[bytes, EncodedImage] | None = batcher("image", vision)
+        self._texts: MicroBatcher[str, Embedding] | None = batcher("text", text)
         self._named = (spec.id, spec.fingerprint)
         self._model = metrics.model
         self._model.labels(*self._named).set(1)
-        metrics.encoder_waiting.labels("image").set_function(self._pictures.waiting)
-        metrics.encoder_waiting.labels("text").set_function(self._texts.waiting)
 
     @property
     def spec(self) -> ModelSpec:
@@ -55,16 +62,21 @@ class BatchedEncoder:
 
     async def embed_text(self, text: str, *, bulk: bool = False) -> Embedding:
         """Return the text's vector; the port says what it raises."""
+        if self._texts is None:
+            raise NotLoaded("this process reads no texts: CATALENS_ENCODER__TOWERS=image loads the picture tower alone")
         return await self._texts.submit(text, bulk=bulk)
 
     async def embed_image(self, picture: bytes, *, bulk: bool = False) -> EncodedImage:
         """Return the picture's vector; the port says what it raises."""
+        if self._pictures is None:
+            raise NotLoaded("this process takes no pictures: CATALENS_ENCODER__TOWERS=text loads the text tower alone")
         return await self._pictures.submit(picture, bulk=bulk)
 
     async def close(self) -> None:
         """Finish what is in flight, refuse the rest."""
-        await self._pictures.close()
-        await self._texts.close()
+        for lanes in (self._pictures, self._texts):
+            if lanes is not None:
+                await lanes.close()
         self._model.remove(*self._named)
 
 

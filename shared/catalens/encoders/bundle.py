@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 import catalens
 from catalens.domain import ModelSpec
+from catalens.encoders.known import KNOWN
 from catalens.errors import Misconfigured
 
 MANIFEST = "bundle.json"
 VISION = "vision.onnx"
 TEXT = "text.onnx"
 TOKENIZER = "tokenizer.json"
+WEIGHTS = "weights.safetensors"
+GRAPHS: Final[Mapping[str, tuple[str, ...]]] = {"both": (TEXT, VISION), "image": (VISION,), "text": (TEXT,)}
+"""What a runtime loads, by `encoder.towers`."""
 
 Channels = tuple[float, float, float]
 Word = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -40,11 +46,13 @@ class ImageInput(Part):
     size: Annotated[int, Field(ge=8, le=2048)]
     resize_to: Annotated[int, Field(ge=8, le=4096)]
     resize: Literal["shortest_edge", "squash", "pad"]
-    crop: Literal["center"]
+    crop: Literal["center", "center_rounded"]  # rounded: half of an odd rest goes to the even side, as in torchvision
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     rescale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     mean: Channels
     std: Channels
+    decode: Literal["fine", "fast"] = "fine"
+    """fine: as the model's own processor decodes, to 3 of 255 levels; fast: shrunk by the codec (docs/adr/0018)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -64,6 +72,8 @@ class TextInput(Part):
     prefix: str
     pad_id: Annotated[int, Field(ge=0)]
     lowercase: bool
+    fixed: bool = False
+    """The graph itself fills every text up to `max_tokens`, so that a short one costs what a long one does."""
 
 
 class FileEntry(Part):
@@ -98,8 +108,9 @@ class Closeness(Part):
 class Loss(Part):
     """What a quantisation costs, measured against the model that it was made from (encoders/fidelity.py)."""
 
-    pictures: Annotated[int, Field(ge=1)]
+    pictures: Annotated[int, Field(ge=1)] = Field(description="none of which it was calibrated with")
     texts: Annotated[int, Field(ge=0)]
+    precision: Literal["f32", "bf16"] = Field(description="of what is computed and not quantised, when measured")
     image: Closeness
     text: Closeness | None
     overlap_at_10: Share = Field(description="share of each picture's ten nearest pictures that stay the same")
@@ -181,7 +192,7 @@ class Bundle:
 def resolve(model: str, data_dir: Path) -> Path:
     """Return the folder of `model`: a bundled model's name, a name under data_dir/models, or a folder.
 
-    Raises Misconfigured with every place that was tried.
+    Raises Misconfigured with every place that was tried, or with the command that fetches a model known by that name.
     """
     package = Path(catalens.__file__).parent
     tried = [
@@ -193,11 +204,26 @@ def resolve(model: str, data_dir: Path) -> Path:
     for folder in tried:
         if (folder / MANIFEST).is_file():
             return folder
+    if model in KNOWN:
+        raise Misconfigured(
+            f"CATALENS_MODEL={model}: it is not in {data_dir / 'models'} yet: `catalens model pull {model}` fetches "
+            f"{KNOWN[model].hub}; without a hub, docs/how-to/models.md says how"
+        )
     places = ", ".join(str(folder) for folder in tried)
     raise Misconfigured(
         f"CATALENS_MODEL={model}: no model bundle of that name ({MANIFEST} was looked for in {places}); "
         "set it to 'starter', to a name under CATALENS_DATA_DIR/models or to a bundle's folder"
     )
+
+
+def bundled() -> dict[Path, str]:
+    """Return the folders of the models that come with Catalens, and their names."""
+    package = Path(catalens.__file__).parent
+    inside = {path.parent.resolve(): path.parent.name for path in package.glob(f"bundles/*/{MANIFEST}")}
+    checkout = {
+        path.parent.resolve(): path.parents[1].name for path in package.parents[1].glob(f"models/*/bundle/{MANIFEST}")
+    }
+    return inside | checkout
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -215,15 +241,60 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: Path, *, verified: Path | None = None) -> Bundle:
     """Return the bundle in `folder` once every file in it has the size and SHA-256 that the manifest states.
 
-    Reads all files (blocking). Raises Misconfigured naming the file that is not as it should be.
+    Reads all files (blocking), half a second for a CLIP; with `verified`, a file of that name remembers which were
+    read, and one that has not been touched since (size, inode, times of its content and its entry) is not read again.
+    Raises Misconfigured naming the file that is not as it should be.
     """
     manifest = read_manifest(folder)
+    known = {} if verified is None else _read_verified(verified)
+    seen = {}
     for name, entry in manifest.files.items():
-        _check_file(folder / name, entry)
+        path = folder / name
+        mark = f"{entry.sha256} {_touched(path)}"
+        if known.get(name) != mark:
+            _check_file(path, entry)
+        seen[name] = mark
+    if verified is not None and seen != known:
+        _write_verified(verified, seen)
     return Bundle(folder, manifest)
+
+
+def _touched(path: Path) -> str:
+    """Return what changes whenever the file is written or replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""  # the check says what is wrong with it
+    return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def _read_verified(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}  # never written, or half: everything is read
+    return found if isinstance(found, dict) else {}
+
+
+def _write_verified(path: Path, seen: Mapping[str, str]) -> None:
+    with suppress(OSError):  # a full or read-only disk: the next start reads everything again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(seen), encoding="utf-8")
+        partial.replace(path)
+
+
+def refuse_unmeasured(manifest: Manifest, *, allow: bool) -> None:
+    """Raise Misconfigured for a quantised model whose loss nobody measured, unless that is allowed."""
+    made = manifest.quantization
+    if made is not None and made.loss is None and not allow:
+        raise Misconfigured(
+            f"nobody measured what the quantisation of {manifest.id} costs: make it with `catalens model quantize "
+            "NAME --images FOLDER`, which measures it, or set CATALENS_ENCODER__ALLOW_UNMEASURED=true"
+        )
 
 
 def _check_file(path: Path, entry: FileEntry) -> None:

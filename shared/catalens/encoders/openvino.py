@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # 
 import openvino as ov  # noqa: E402  # only after the line above
 from openvino.passes import ConstantFolding, Manager  # noqa: E402  # as above
 
-from catalens.encoders.bundle import TEXT, VISION, Bundle, ImageInput  # noqa: E402  # as above
+from catalens.encoders.bundle import GRAPHS, TEXT, VISION, WEIGHTS, Bundle  # noqa: E402  # as above
 from catalens.errors import Misconfigured, Transient  # noqa: E402  # as above
 from catalens.settings import EncoderSettings  # noqa: E402  # as above
 
@@ -27,41 +28,35 @@ log = structlog.get_logger(__name__)
 
 Rows = NDArray[np.float32]
 
-# Pictures in one inference. Activations are what costs memory (some 40 MB a picture in a convolutional tower), and
-# more than two at once gain little on one thread (docs/adr/0005).
-_PICTURES: Final = 2
-
-
-# A runtime's rounding, bf16 included, stays well above; a wrong weight falls well below.
-_CLOSE: Final = 0.97
-
-
-def _pattern(image: ImageInput) -> Rows:
-    """Return the picture of the bundle's check as pixels [1, 3, size, size]: rgb = (7x + 13y + 29c) mod 256."""
-    channel, y, x = np.indices((3, image.size, image.size), np.float32)
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (image.mean, image.std))
-    rgb = (7 * x + 13 * y + 29 * channel) % 256
-    return np.asarray((rgb * image.rescale - mean) / std, np.float32)[None]
+# Pictures in one inference on one thread (docs/adr/0015). What costs memory is activations: some 40 MB a picture in a
+# convolutional tower, where more than two at once gain little; few in a transformer, whose matrices they fill.
+_PICTURES_CONVOLUTIONAL: Final = 2
+_PICTURES: Final = 8
+# A transformer cuts its picture into patches by one convolution.
+_CONVOLUTIONS: Final = 4
 
 
 class _Graph:
     """One compiled tower; any number of threads may run it, each with a request of its own."""
 
-    def __init__(self, core: ov.Core, path: Path, dimension: int, config: Mapping[str, Any]) -> None:
+    def __init__(self, core: ov.Core, path: Path, dimension: int, config: Mapping[str, Any], *, unfold: bool) -> None:
         try:
-            model = core.read_model(str(path))
-            # Weights that are stored smaller are unfolded here, not by the compiler: with several streams it keeps them
-            # in a cache by address, finds another layer's at an address that was used before, and computes nonsense.
-            folding = Manager()
-            folding.register_pass(ConstantFolding())
-            folding.run_passes(model)
-            self._compiled = core.compile_model(model, "CPU", dict(config))
+            if unfold:
+                self._compiled = core.compile_model(_unfolded(core, path), "CPU", dict(config))
+            else:  # by its path, so that a start that finds it compiled does not read it
+                self._compiled = core.compile_model(str(path), "CPU", dict(config))
             shape = self._compiled.output(0).get_partial_shape()
         except RuntimeError as error:
             raise Misconfigured(f"OpenVINO cannot run {path}: {error}") from error
         if shape.rank.get_length() != 2 or not shape[1].compatible(ov.Dimension(dimension)):
             raise Misconfigured(f"{path} gives {shape} where bundle.json says {dimension} values an item")
         self._per_thread = threading.local()
+
+    def convolutional(self) -> bool:
+        """Whether it is made of convolutions."""
+        layers = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops()]
+        kinds = [str(layer["layerType"].astype(str)) for layer in layers]
+        return kinds.count("Convolution") > _CONVOLUTIONS
 
     def run(self, **inputs: NDArray[Any]) -> Rows:
         request = getattr(self._per_thread, "request", None)
@@ -75,7 +70,7 @@ class _Graph:
 
 
 class OpenVinoRuntime:
-    """Both towers, compiled; `lanes` inferences of each run at once, on one thread each.
+    """The towers that are wanted, compiled; `lanes` inferences of each run at once, on one thread each.
 
     Compiling is blocking and takes a second; what it makes is kept under `cache`, which makes the next start quick.
     Raises Misconfigured: a model OpenVINO cannot run, or a precision that this processor has not.
@@ -98,36 +93,62 @@ class OpenVinoRuntime:
             "ENABLE_CPU_PINNING": False,
         }
         dimension = bundle.manifest.dimension
+        # A quantised graph stays as it is, or it would be computed in floats; and weights in fp32 need no unfolding.
+        unfold = bundle.manifest.precision == "fp32" and WEIGHTS not in bundle.manifest.files
+        halve = settings.precision == "bf16" and WEIGHTS in bundle.manifest.files
         # One after the other: each compilation sets the process' locale to "C" and back; two at once leave it there.
-        self._vision = _Graph(core, bundle.path(VISION), dimension, config)
-        self._text = _Graph(core, bundle.path(TEXT), dimension, config)
-        self._prove(bundle)
-
-    def _prove(self, bundle: Bundle) -> None:
-        """Run each tower once, here, and compare with what the bundle says comes out; raises Misconfigured.
-
-        Once and on this thread also because OpenVINO's binding sets numpy up at its first tensor, behind a lock that it
-        holds while it waits for the interpreter: two lanes that both make their first tensor would stop the process.
-        """
-        manifest = bundle.manifest
-        ids = np.arange(1, 9, dtype=np.int64)[None]
-        answers = {TEXT: self.run_text(ids, np.ones_like(ids)), VISION: self.run_vision(_pattern(manifest.image))}
-        if manifest.check is None:
-            return
-        expected = {TEXT: manifest.check.input_ids, VISION: manifest.check.pixels}
-        for name, [answer] in answers.items():
-            cosine = float(answer @ np.array(expected[name], np.float32) / np.linalg.norm(answer))
-            if not cosine >= _CLOSE:
-                raise Misconfigured(
-                    f"{bundle.path(name)} gives wrong vectors on this machine (cosine {cosine:.3f} to the reference): "
-                    "report it, with the processor and the version of OpenVINO"
-                )
+        self._graphs: dict[str, _Graph] = {}
+        for name in GRAPHS[settings.towers]:
+            path = _halved(core, bundle.path(name), cache) if halve else bundle.path(name)
+            self._graphs[name] = _Graph(core, path, dimension, config, unfold=unfold)
+        self._pictures = settings.inference_batch or _PICTURES
+        if not settings.inference_batch and VISION in self._graphs and self._graphs[VISION].convolutional():
+            self._pictures = _PICTURES_CONVOLUTIONAL
+        # Whoever proves it (encoders/proof.py) runs each tower once and on one thread, which this runtime needs too:
+        # OpenVINO's binding sets numpy up at its first tensor, behind a lock that it holds while it waits for the
+        # interpreter, so two lanes that both make their first tensor would stop the process.
 
     def run_vision(self, pixels: NDArray[np.float32]) -> Rows:
         """Return [N, dimension] for pixels [N, 3, H, W]. Raises Transient."""
-        parts = range(0, len(pixels), _PICTURES)
-        return np.concatenate([self._vision.run(pixels=pixels[part : part + _PICTURES]) for part in parts])
+        most = self._pictures
+        parts = range(0, len(pixels), most)
+        return np.concatenate([self._graphs[VISION].run(pixels=pixels[part : part + most]) for part in parts])
 
     def run_text(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Rows:
         """Return [N, dimension] for ids and mask [N, T]. Raises Transient."""
-        return self._text.run(input_ids=input_ids, attention_mask=attention_mask)
+        return self._graphs[TEXT].run(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def _unfolded(core: ov.Core, path: Path) -> ov.Model:
+    """Read a graph with all its constants computed.
+
+    Weights that are stored smaller are unfolded here, not by the compiler: with several streams it keeps them in a
+    cache by address, finds another layer's at an address that was used before, and computes nonsense.
+    """
+    model = core.read_model(str(path))
+    folding = Manager()
+    folding.register_pass(ConstantFolding())
+    folding.run_passes(model)
+    return model
+
+
+def _halved(core: ov.Core, path: Path, cache: Path) -> Path:
+    """Return a copy of the graph whose weights are stored in half the bytes, made under `cache` if it is not there.
+
+    For bf16, which keeps fewer bits than fp16 does: it starts in half of the time and memory. Where it cannot be
+    written the graph itself is returned.
+    """
+    copy = cache / "halved" / f"{path.stem}.xml"
+    if copy.is_file():
+        return copy
+    try:
+        with tempfile.TemporaryDirectory(dir=cache) as making:
+            ov.save_model(_unfolded(core, path), str(Path(making) / copy.name), compress_to_fp16=True)
+            copy.parent.mkdir(exist_ok=True)
+            # The weights first: a graph that is there is whole.
+            for made in (copy.with_suffix(".bin"), copy):
+                (Path(making) / made.name).replace(made)
+    except (OSError, RuntimeError) as error:
+        log.warning("encoder.uncached", error=str(error))
+        return path
+    return copy
