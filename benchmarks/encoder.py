@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from benchmarks import encoder_data as data
@@ -32,6 +33,7 @@ from benchmarks.encoder_contenders import (
     Failed,
     Running,
     catalens,
+    machine_spent,
     start_all,
 )
 from benchmarks.encoder_inside import BATCHES, LINEAR_GFLOP, TOWER_GFLOP
@@ -47,7 +49,34 @@ ISAS: Final = {"AVX512_CORE": "AVX512", "AVX2": "AVX2"}
 """oneDNN's name of an instruction set to MKL's."""
 TEXTS: Final = data.texts()
 Rows: TypeAlias = list[dict[str, Any]]
-Samples: TypeAlias = dict[str, list[float]]
+
+# Two threads in step lose most of their speed to a third that wants a core: such a turn is taken again.
+_QUIET: Final = 0.05
+_TRIES: Final = 3
+
+
+class Turn(NamedTuple):
+    """A rate, and the share of the cores that others took meanwhile."""
+
+    rate: float
+    others: float
+
+
+Samples: TypeAlias = dict[str, list[Turn]]
+
+
+class Meanwhile:
+    """Watches what share of the cores goes to others than those that are measured."""
+
+    def __init__(self, spent: Callable[[], float]) -> None:
+        self._spent = spent
+        self._before = time.perf_counter(), machine_spent(), spent()
+
+    def others(self) -> float:
+        """Return the share since then, from 0 to 1."""
+        begin, machine, own = self._before
+        cores = (time.perf_counter() - begin) * (os.cpu_count() or 1)
+        return max(0.0, (machine_spent() - machine - (self._spent() - own)) / cores)
 
 
 class Bench:
@@ -101,15 +130,20 @@ class Bench:
                 try:
                     if not number:  # a warm-up, and then a guess at how many fit into the time
                         measure(one, 0, batch)
-                        counts[name] = max(2, round(measure(one, batch, batch) * seconds / 32)) * 32
+                        counts[name] = max(1, round(measure(one, batch, batch) * seconds / 32)) * 32
                         continue
-                    rate = measure(one, number * counts[name], counts[name])
+                    for _ in range(_TRIES):
+                        meanwhile = Meanwhile(one.spent)
+                        rate = measure(one, number * counts[name], counts[name])
+                        others = meanwhile.others()
+                        if others < _QUIET:
+                            break
                 except Failed as error:
                     print(f"{name}: {error}")
                     counts.pop(name, None)
                     samples.pop(name, None)
                     continue
-                samples.setdefault(name, []).append(rate)
+                samples.setdefault(name, []).append(Turn(rate, others))
         return samples
 
     def latency(self) -> Iterator[Rows]:
@@ -374,6 +408,7 @@ class Bench:
     ) -> dict[str, Any]:
         """Run a part of encoder_inside in a process and return its answer, or `failed` with its last words."""
         setting = catalens("openvino", precision).setting if part != "gemm" else {"precision": precision}
+        meanwhile = Meanwhile(_children_spent)
         asked = subprocess.run(
             [sys.executable, "-m", "benchmarks.encoder_inside", part, json.dumps({**setting, **given})],
             cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False,
@@ -381,13 +416,16 @@ class Bench:
         if asked.returncode:
             lines = asked.stderr.strip().splitlines()
             return {"failed": lines[-1][-200:] if lines else f"exit status {asked.returncode}"}
+        if (others := meanwhile.others()) > _QUIET:
+            print(f"{part}, {precision}: others took {others:.0%} of the cores meanwhile")
         answer: dict[str, Any] = json.loads(asked.stdout.strip().splitlines()[-1])
         return answer
 
 
 def _compared(what: str, samples: Samples, contenders: Mapping[str, Contender]) -> Rows:
     """Return a row a contender: its median and spread, and its ratio to the best fp32 and the best bf16 peer."""
-    medians = {name: statistics.median(values) for name, values in samples.items() if values}
+    rates = {name: [turn.rate for turn in turns] for name, turns in samples.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     best: dict[str, str] = {}
     for precision in ("f32", "bf16"):
         peers = [
@@ -401,11 +439,12 @@ def _compared(what: str, samples: Samples, contenders: Mapping[str, Contender]) 
             "what": what,
             "contender": name,
             "median": median,
-            "least": min(samples[name]),
-            "most": max(samples[name]),
+            "least": min(rates[name]),
+            "most": max(rates[name]),
+            "others took %": 100 * max(turn.others for turn in samples[name]),
         }
         for precision, other in best.items():
-            ratios = [one / two for one, two in zip(samples[name], samples[other], strict=False)]
+            ratios = [one / two for one, two in zip(rates[name], rates[other], strict=True)]
             row[f"× best {precision} peer"] = round(statistics.median(ratios), 2)
         rows.append(row)
     for precision, other in best.items():
@@ -420,6 +459,11 @@ def _vectors(contender: Contender, count: int) -> dict[str, NDArray[np.float32]]
         kind: np.stack([np.frombuffer(b64decode(vector), np.float32) for vector in vectors])
         for kind, vectors in packed.items()
     }
+
+
+def _children_spent() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return children.ru_utime + children.ru_stime
 
 
 def _folder(side: int) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +171,10 @@ class Running:
         """Return the vectors of the first pictures and texts, each as base64 of its float32."""
         return self.ask("vectors", folder=_folder(800), texts=texts, count=count)
 
+    def spent(self) -> float:
+        """Return the seconds of all cores that its processes have taken so far."""
+        return sum(took for group, took in _processes() if group == self._process.pid)
+
     def end(self) -> None:
         """End the process, which holds nothing worth waiting for."""
         with suppress(ProcessLookupError):
@@ -187,6 +191,20 @@ def start_all(contenders: tuple[Contender, ...], said: Callable[[str], None]) ->
         except Failed as error:
             said(f"{contender.name} does not start: {error}")
     return running
+
+
+def machine_spent() -> float:
+    """Return the seconds of all cores that were not idle since the machine started, those a host took included."""
+    user, nice, system, _, _, *rest = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    return sum(int(ticks) for ticks in (user, nice, system, *rest[:3])) / os.sysconf("SC_CLK_TCK")
+
+
+def _processes() -> Iterator[tuple[int, float]]:
+    """Yield each process' group and the seconds that it and its ended children took."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            yield int(fields[2]), sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
 def _folder(side: int) -> str:

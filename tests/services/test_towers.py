@@ -118,6 +118,17 @@ async def test_without_the_picture_tower_words_are_understood_and_pictures_refus
             status, problem = await service.call("POST", f"/api/v1/{path}", data=form(RED))
             assert (status, problem["type"]) == (501, "urn:catalens:problem:not-loaded")
             assert "CATALENS_ENCODER__TOWERS=text" in problem["detail"]
+        red = {"data": b64encode(RED).decode()}
+        sides = {"a": {"text": "red"}, "b": {"image": red}}
+        assert (await service.call("POST", "/api/v1/similarity", json=sides))[0] == 501
+        for examples in ({"like": [red]}, {"like": ["shoe"], "unlike": [red]}, {"image": red}):
+            assert (await service.search(**examples))[0] == 501
+        status, found = await service.search(query="chair", like=[red])
+        assert (status, found["mode"], found["results"][0]["product_id"]) == (200, "lexical", "chair")
+        assert "CATALENS_ENCODER__TOWERS=text" in found["degraded"]
+        batch = {"requests": [{"image": red}, {"query": "red"}]}
+        status, answer = await service.call("POST", "/api/v1/search/batch", json=batch)
+        assert (status, answer["responses"][0]["status"], answer["responses"][1]["mode"]) == (200, 501, "hybrid")
         health = await service.call("GET", "/api/v1/health")
         assert (health[0], health[1]["status"]) == (200, "ok")
 

@@ -124,10 +124,13 @@ def test_force_replaces_and_what_a_killed_pull_left_is_swept(checkpoint: Path, m
     left = models / ".small-clip.x1y2.partial" / "bundle"
     left.mkdir(parents=True)
     (left / "bundle.json").write_text("{}")
+    other = models / ".small-clip.v2.x1y2.partial"  # which another process may be writing
+    other.mkdir()
     run("pull", str(checkpoint), "--revision", "first")
     run("pull", str(checkpoint), "--revision", "second", "--force")
-    assert load_bundle(models / "small-clip").manifest.revision == "second"
-    assert sorted(path.name for path in models.iterdir()) == ["small-clip"]
+    manifest = load_bundle(models / "small-clip").manifest
+    assert (manifest.id, manifest.revision, manifest.source) == ("small-clip", "second", "small-clip")
+    assert sorted(path.name for path in models.iterdir()) == [other.name, "small-clip"]
 
 
 def test_a_graph_that_computes_something_else_fails_the_verification(checkpoint: Path, models: Path) -> None:
@@ -181,6 +184,20 @@ def test_what_is_not_known_is_refused_by_name(
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Misconfigured, match="no checkpoint is there"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "content"),
+    [
+        ("clip-b32", "README.md", "---\nlicense: [\n---\n"),
+        ("open-clip-pickled", "open_clip_config.json", '{"model_cfg": {}}'),
+    ],
+)
+def test_a_broken_file_is_said_in_words(tmp_path: Path, family: str, name: str, content: str) -> None:
+    FAMILIES[family].write(tmp_path / "broken")
+    (tmp_path / "broken" / name).write_text(content)
+    with pytest.raises(Misconfigured, match="broken"):
+        load_checkpoint(tmp_path / "broken")
 
 
 def test_weights_that_are_missing_are_not_made_up(checkpoint: Path, tmp_path: Path) -> None:

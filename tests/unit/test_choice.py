@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def test_what_hinders_is_told(there: Machine, model: Bundle, settings: dict[str,
         choose(EncoderSettings(**settings), model, there)
 
 
+def test_few_lanes_feed_a_gpu_and_each_core_is_a_lane() -> None:
+    assert choose(EncoderSettings(), bundle(), machine(gpu=True)).lanes(16) == 4
+    assert choose(EncoderSettings(), bundle(), machine(gpu=True)).lanes(2) == 2
+    assert choose(EncoderSettings(), bundle(), machine()).lanes(16) == 16
+
+
 def test_it_says_why() -> None:
     assert choose(EncoderSettings(), bundle(), machine(gpu=True)).why == "a GPU is here, and torch for it"
     assert "not installed" in choose(EncoderSettings(), bundle(), machine(frozenset({"onnx"}))).why
@@ -91,3 +98,11 @@ def test_this_machine_has_what_the_tests_run_on() -> None:
     found = this_machine()
     assert {"openvino", "onnx"} <= found.installed
     assert found.for_gpu <= found.installed
+
+
+def test_a_folder_of_that_name_is_no_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "onnxruntime", "openvino"):
+        (tmp_path / name).mkdir()
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert this_machine().installed == frozenset()

@@ -84,9 +84,20 @@ def test_a_known_model_that_is_not_here_names_the_command(tmp_path: Path) -> Non
         resolve("siglip2-base", tmp_path)
 
 
-def test_a_name_that_nobody_knows_is_answered_with_those_that_are() -> None:
-    with pytest.raises(Misconfigured, match=r"none of the names known here: clip-b32, "):
-        run("pull", "clip-b99")
+@pytest.mark.parametrize("name", ["clip-b99", "./clip", "../clip", ".clip/b32"])
+def test_a_name_that_nobody_knows_is_answered_with_those_that_are(name: str) -> None:
+    with pytest.raises(Misconfigured, match=r"is no folder, .* none of the names known here: clip-b32, "):
+        run("pull", name)
+
+
+def test_a_name_that_no_hub_could_have_is_answered_in_words() -> None:
+    with pytest.raises(Misconfigured, match=r"the hub has no some--body/model"):
+        pulling._fetch("some--body/model", None, None, lambda _: None)
+
+
+def test_a_name_under_which_another_model_would_be_found_is_refused() -> None:
+    with pytest.raises(Misconfigured, match="starter is the name of a model that comes with Catalens"):
+        run("pull", "clip-b32", "--name", "starter")
 
 
 def test_a_model_that_is_here_is_not_pulled_again_unasked(installation: Path) -> None:

@@ -63,14 +63,15 @@ def test_one_answer_between_failures_and_it_stays() -> None:
     assert restarts(metrics) == 0
 
 
-def test_what_cannot_be_loaded_again_is_tried_again_later() -> None:
+@pytest.mark.parametrize("failure", [Misconfigured("the file is gone"), RuntimeError("out of memory")])
+def test_what_cannot_be_loaded_again_is_tried_again_later(failure: Exception) -> None:
     metrics = Metrics()
     made = iter([Scripted(iter([False] * (2 * FAILURES))), None, Scripted(iter([True]))])
 
     def load() -> Scripted:
         runtime = next(made)
         if runtime is None:
-            raise Misconfigured("the file is gone")
+            raise failure
         return runtime
 
     runtime = RestartingRuntime(load, metrics)
@@ -79,3 +80,16 @@ def test_what_cannot_be_loaded_again_is_tried_again_later() -> None:
             runtime.run_vision(PIXELS)
     assert restarts(metrics) == 1
     runtime.run_vision(PIXELS)
+
+
+def test_one_bad_item_in_a_large_batch_is_no_reason() -> None:
+    metrics = Metrics()
+    scripts = iter([iter([False] * 10), iter([True])])
+    runtime = RestartingRuntime(lambda: Scripted(next(scripts)), metrics, max_batch=256)
+    for _ in range(9):  # 256, 128, … 1
+        with pytest.raises(Transient):
+            runtime.run_vision(PIXELS)
+    assert restarts(metrics) == 0
+    with pytest.raises(Transient):
+        runtime.run_vision(PIXELS)
+    assert restarts(metrics) == 1

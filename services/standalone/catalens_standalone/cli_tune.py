@@ -168,13 +168,7 @@ def _others(settings: Settings, bundle: Bundle, way: Way, pictures: Path) -> lis
     if way.runtime == "onnx":  # it has but one
         other = replace(other, runtime="openvino")
     _report(_words(other))
-    found.append(
-        (
-            other.precision,
-            f"--precision {other.precision}",
-            tuning.Bench(bundle.folder, pictures, tuning.SECONDS)(other),
-        )
-    )
+    found.append((other.precision, f"--precision {other.precision}", runs(other)))
     int8 = tuning.int8_of(bundle, settings.data_dir / "models")
     if int8 is not None:
         same = replace(way, runtime="openvino", device="cpu")

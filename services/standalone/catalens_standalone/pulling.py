@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from catalens.encoders.bundle import MANIFEST, Manifest, load_bundle, read_manifest
+from catalens.encoders.bundle import MANIFEST, Manifest, bundled, load_bundle, read_manifest
 from catalens.encoders.known import KNOWN, Known
 from catalens.errors import CatalensError, Misconfigured
 from catalens.settings import EncoderSettings
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Report = Callable[[str], None]
 Fetched = tuple[Path, str | None]  # a folder, and the hub's revision of it
 
-_HUB: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")  # not ./a or ../a: a folder that is missing
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 # Everything that says what a model is; no code, and no weights yet.
 _SMALL: Final = ["*.json", "*.txt", "*.model", "README.md"]
@@ -52,6 +52,8 @@ def pull(
     if not _NAME.fullmatch(chosen):
         raise Misconfigured(f"{chosen!r} cannot be a model's name: take letters, digits, '.', '_' and '-'")
     target = data_dir / "models" / chosen
+    if chosen in bundled().values():
+        raise Misconfigured(f"{chosen} is the name of a model that comes with Catalens: give another one with --name")
     if target.exists() and not force:
         held = f"revision {read_manifest(target).revision}" if (target / MANIFEST).is_file() else "no bundle"
         raise Misconfigured(f"{target} is there already ({held}): --force makes it again")
@@ -60,7 +62,9 @@ def pull(
     towers = image_from or (known.image_from if known else None)
     images = None if towers is None else _images(towers, report)
     report(f"reading {source.name if found is None else what}")
-    checkpoint = _named(_load(source, images), chosen, known, what, found, towers)
+    hub = known.hub if known else None if folder.is_dir() else what
+    beside = images.name if images and towers and Path(towers).expanduser().is_dir() else towers
+    checkpoint = _named(_load(source, images), chosen, known, hub, found, beside)
     try:
         _write(checkpoint, target, report)
     except OSError as error:
@@ -90,6 +94,7 @@ def _fetch(what: str, known: Known | None, revision: str | None, report: Report)
     from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415  # with the torch extra only
     from huggingface_hub.errors import (  # noqa: PLC0415  # as above
         GatedRepoError,
+        HFValidationError,
         HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -108,7 +113,7 @@ def _fetch(what: str, known: Known | None, revision: str | None, report: Report)
         snapshot_download(hub, revision=about.sha, allow_patterns=files)
     except GatedRepoError as error:
         raise Misconfigured(f"{hub} wants its terms accepted: do so on its page, then run `hf auth login`") from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise Misconfigured(f"the hub has no {hub}{f' of revision {revision}' if revision else ''}") from error
     except (HTTPError, OSError) as error:
         raise Misconfigured(
@@ -131,14 +136,13 @@ def _load(folder: Path, images: Path | None) -> Checkpoint:
 
 
 def _named(
-    checkpoint: Checkpoint, name: str, known: Known | None, what: str, revision: str | None, towers: str | None
+    checkpoint: Checkpoint, name: str, known: Known | None, hub: str | None, revision: str | None, towers: str | None
 ) -> Checkpoint:
     """Return the checkpoint under the name that answers give, with what is known about it filled in."""
-    hub = known.hub if known else what
-    source = hub if revision else checkpoint.source
+    source = hub or checkpoint.source
     return replace(
         checkpoint,
-        id=hub if revision else name,
+        id=hub or name,
         revision=revision or checkpoint.revision,
         licence=known.licence if known else checkpoint.licence,
         languages=known.languages if known else checkpoint.languages,
@@ -153,12 +157,19 @@ def _write(checkpoint: Checkpoint, target: Path, report: Report) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.*.partial"):  # of a pull that was killed
-        shutil.rmtree(left)
+        if left.name.count(".") == target.name.count(".") + 3:  # and not of another model, whose name begins like this
+            shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".partial") as scratch:
         made = Path(scratch) / "bundle"
         export_bundle(checkpoint, made, lambda step: report(f"writing {step}"))
         report("running it once")
         load_runtime(load_bundle(made), EncoderSettings(), 1, Path(scratch) / "cache")
+        replaced = Path(scratch) / "replaced"
         if target.exists():
-            target.rename(Path(scratch) / "replaced")
-        made.rename(target)
+            target.rename(replaced)
+        try:
+            made.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise

@@ -19,7 +19,7 @@ import structlog
 
 from catalens.encoders.bundle import GRAPHS, TEXT, TOKENIZER, VISION, Bundle, load_bundle, refuse_unmeasured, resolve
 from catalens.encoders.choice import NAMES, Choice, choose, this_machine
-from catalens.errors import Misconfigured
+from catalens.errors import Misconfigured, Transient
 from catalens.ports import Encoder
 from catalens.settings import EncoderSettings, Settings
 from catalens.telemetry import Metrics
@@ -73,14 +73,16 @@ def load_runtime(
         try:
             runtime = OpenVinoRuntime(bundle, settings, lanes, folder)
             prove(bundle, runtime, towers=settings.towers, name=NAMES[chosen.runtime])
-        except Misconfigured as error:
+        except (Misconfigured, Transient) as error:
             if not found:
                 raise
             # What was kept of the last start may be spoilt: it is made again, and then it is the model that is wrong.
             log.warning("encoder.cache_discarded", error=str(error))
             shutil.rmtree(folder, ignore_errors=True)
             runtime = OpenVinoRuntime(bundle, settings, lanes, folder)
-    elif chosen.runtime == "onnx":
+            prove(bundle, runtime, towers=settings.towers, name=NAMES[chosen.runtime])
+        return runtime
+    if chosen.runtime == "onnx":
         from catalens.encoders.onnx import OnnxRuntime  # noqa: PLC0415  # as above
 
         runtime = OnnxRuntime(bundle, settings, chosen.device)
@@ -108,8 +110,13 @@ def _load(settings: Settings, metrics: Metrics) -> Callable[[], Encoder]:
     bundle = load_bundle(folder, verified=cache / "verified" / f"{place}.json")
     refuse_unmeasured(bundle.manifest, allow=settings.encoder.allow_unmeasured)
     spec = bundle.spec(settings.encoder.precision)
-    lanes = settings.encoder.lanes or cores()
-    runtime = RestartingRuntime(lambda: load_runtime(bundle, settings.encoder, lanes, cache), metrics)
+    choice = choose(settings.encoder, bundle, this_machine())
+    lanes = settings.encoder.lanes or choice.lanes(cores())
+    runtime = RestartingRuntime(
+        lambda: load_runtime(bundle, settings.encoder, lanes, cache, choice),
+        metrics,
+        max_batch=settings.encoder.max_batch,
+    )
     wanted = GRAPHS[settings.encoder.towers]
     vision = VisionTower(runtime, Preprocessor(bundle.manifest.image), settings.pictures) if VISION in wanted else None
     text = TextTower(runtime, bundle.path(TOKENIZER), bundle.manifest.text) if TEXT in wanted else None

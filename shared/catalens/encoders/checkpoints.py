@@ -54,7 +54,10 @@ def load_checkpoint(folder: Path, image_from: Path | None = None) -> Checkpoint:
     """
     if (folder / MANIFEST).is_file():
         return _from_bundle(folder)
-    model = layout_of(folder).read(folder, image_from)
+    try:
+        model = layout_of(folder).read(folder, image_from)
+    except BROKEN as error:
+        raise Misconfigured(f"{folder} is broken, or says things in a way that is not known: {error!r}") from error
     licence, languages = _card(folder / "README.md")
     return _checkpoint(model, folder.name, _digest(folder), licence, folder.name, languages)
 
@@ -112,8 +115,12 @@ def _from_bundle(folder: Path) -> Checkpoint:
 def _card(path: Path) -> tuple[str, tuple[str, ...]]:
     """Return the licence and the languages that a model card's head names, as far as it does."""
     from huggingface_hub import metadata_load  # noqa: PLC0415  # as above
+    from yaml import YAMLError  # noqa: PLC0415  # as above
 
-    head = (metadata_load(path) if path.is_file() else None) or {}
+    try:
+        head = (metadata_load(path) if path.is_file() else None) or {}
+    except (OSError, ValueError, YAMLError) as error:
+        raise Misconfigured(f"the head of {path} is broken: mend it, or take the file away: {error}") from error
     licence = head.get("license", "")
     licence = head.get("license_name", licence) if licence == "other" else licence
     languages = head.get("language") or []

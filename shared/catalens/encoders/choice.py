@@ -29,6 +29,10 @@ _MODULES: Final[Mapping[RuntimeName, str]] = {"openvino": "openvino", "onnx": "o
 _EXTRAS: Final[Mapping[RuntimeName, str]] = {"openvino": "encoder", "onnx": "onnx", "torch": "torch"}
 
 
+# Lanes that feed a GPU: beyond, they wait for the interpreter, and all of them get slower.
+_LANES_OF_A_GPU: Final = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What there is to choose from."""
@@ -48,10 +52,14 @@ class Choice:
     device: Device
     why: str
 
+    def lanes(self, cores: int) -> int:
+        """Return how many lanes suit it where `cores` may be used."""
+        return min(cores, _LANES_OF_A_GPU) if self.device == "cuda" else cores
+
 
 def this_machine() -> Machine:
     """Return what this machine has, without importing a runtime."""
-    installed: frozenset[RuntimeName] = frozenset(name for name, module in _MODULES.items() if util.find_spec(module))
+    installed: frozenset[RuntimeName] = frozenset(name for name, module in _MODULES.items() if _importable(module))
     for_gpu: set[RuntimeName] = set()
     if "torch" in installed and not metadata.version("torch").endswith("+cpu"):
         for_gpu.add("torch")
@@ -94,6 +102,11 @@ def _hindrance(
     if runtime == "torch" and (bundle.manifest.precision != "fp32" or WEIGHTS not in bundle.manifest.files):
         return f"torch cannot run {bundle.manifest.id}: that takes an fp32 bundle made by `catalens model pull`"
     return None
+
+
+def _importable(module: str) -> bool:
+    found = util.find_spec(module)
+    return found is not None and found.origin is not None  # any folder of that name in the working directory has none
 
 
 def _has(distribution: str) -> bool:

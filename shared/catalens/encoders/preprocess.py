@@ -23,7 +23,7 @@ _RESAMPLING: Final = {
 # A picture longer than this many times its width is cropped while it is resized, not after: a 1 × 60,000,000 pixel
 # strip would become 224 × 13 billion first.
 _LONG: Final = 8
-# "fast" first averages whole blocks of pixels, as long as this many times the wanted pixels are left: a fifth of the
+# "fast" first averages whole blocks of pixels, as long as this many times the wanted pixels are left: a quarter of the
 # time of resizing 2000 pixels, for 0.3 of 255 levels on average.
 _GAP: Final = 2.0
 
