@@ -31,6 +31,9 @@ $(VENV)/.torch: $(VENV)/.dev requirements/torch.txt
 .PHONY: install
 install: $(VENV)/.installed ## install the command at .venv/bin/catalens
 
+.PHONY: models
+models: $(VENV)/.torch ## install what `catalens model pull`, `verify` and `quantize` need (torch: gigabytes)
+
 .PHONY: dev
 dev: $(VENV)/.dev ## install what tests and checks need, and the git hooks
 	@if [ -d .git ]; then $(BIN)/pre-commit install >/dev/null; fi

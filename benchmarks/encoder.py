@@ -175,8 +175,8 @@ class Bench:
 
     def tune(self) -> Iterator[Rows]:
         """What each peer reaches at its other settings; the tables of the other parts use the best."""
-        rows: Rows = []
         for peer in PEERS:
+            rows: Rows = []
             tried = [peer, *(replace(peer, setting={**peer.setting, **more}) for more in TUNE.get(peer.module, ()))]
             for contender in tried:
                 setting = {name: value for name, value in contender.setting.items() if name != "model"}
@@ -186,7 +186,7 @@ class Bench:
                         guess = max(one.images(800, 0, 16), one.images(800, 16, 16))
                         count = max(1, round(guess * self.seconds / 32)) * 32
                         row["images/s from 800 px"] = statistics.median(
-                            one.images(800, number * count, count) for number in range(3)
+                            one.images(800, number * count, count) for number in range(2)
                         )
                         row["one picture p50 ms"] = percentile(one.queries("image", TEXTS, 0, 10), 0.5)
                         one.texts(TEXTS, 0, 64)
@@ -195,7 +195,7 @@ class Bench:
                 except Failed as error:
                     row["failed"] = str(error)[:120]
                 rows.append(row)
-        yield rows
+            yield rows
 
     # --- what the machine allows ---
 

@@ -81,16 +81,16 @@ BY_HAND: Final = (
 # What `--only tune` tries for each peer, beyond what it has above.
 TUNE: Final[Mapping[str, tuple[Mapping[str, Any], ...]]] = {
     "hf": (
-        {"batch": 8}, {"batch": 16}, {"batch": 32}, {"workers": 1}, {"workers": 2, "threads": 1},
+        {"batch": 8}, {"batch": 32}, {"workers": 0}, {"workers": 1}, {"workers": 2, "threads": 1},
         {"decode": "pil", "processor": "pil"}, {"decode": "pil", "processor": "pil", "workers": 1}, {"threads": 1},
     ),
     "sentence": (
-        {"batch": 8}, {"batch": 16}, {"batch": 32}, {"decode": "torchvision"}, {"threads": 1},
+        {"batch": 8}, {"batch": 32}, {"decode": "pil"}, {"decode": "torchvision"}, {"threads": 1},
         {"processes": 2, "threads": 1}, {"processes": 2, "threads": 1, "decode": "torchvision"},
     ),
-    "infinity": ({"batch": 8}, {"batch": 16}, {"batch": 32}, {"dtype": "bfloat16"}, {"dtype": "int8"}),
-    "fast_embed": ({"batch": 1}, {"batch": 8}, {"batch": 16}, {"batch": 32}, {"batch": 8, "parallel": 2}),
-    "faster": ({"batch": 1}, {"batch": 16}, {"lanes": 2, "batch": 8}),
+    "infinity": ({"batch": 8}, {"batch": 32}, {"dtype": "bfloat16"}, {"dtype": "int8"}),
+    "fast_embed": ({"batch": 1}, {"batch": 8}, {"batch": 32}, {"batch": 8, "parallel": 2}, {"threads": 1}),
+    "faster": ({"batch": 1}, {"lanes": 2, "batch": 8}),
 }  # fmt: skip
 
 

@@ -98,7 +98,8 @@ async def test_the_measured_loss_is_what_a_user_gets(
     source: Path, made: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     loss = stated(made)
-    (_, held_out), (_, unread) = _halves(Samples(photos, TEXTS))
+    (seen, held_out), (read, unread) = _halves(Samples(photos, TEXTS))
+    assert not {*seen, *read} & {*held_out, *unread}
     images = [path.read_bytes() for path in held_out]
     before = await encode(source, tmp_path, images, unread, lanes=1, runtime="openvino")
     after = await encode(made, tmp_path, images, unread, lanes=1, runtime="openvino")

@@ -82,7 +82,7 @@ def test_what_hinders_is_told(there: Machine, model: Bundle, settings: dict[str,
 
 
 def test_few_lanes_feed_a_gpu_and_each_core_is_a_lane() -> None:
-    assert choose(EncoderSettings(), bundle(), machine(gpu=True)).lanes(16) == 4
+    assert choose(EncoderSettings(), bundle(), machine(gpu=True)).lanes(16) == 8
     assert choose(EncoderSettings(), bundle(), machine(gpu=True)).lanes(2) == 2
     assert choose(EncoderSettings(), bundle(), machine()).lanes(16) == 16
 

@@ -74,11 +74,11 @@ def test_the_rest_of_the_file_stays_to_the_byte(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     kept = '# a note\nCATALENS_API_KEY=secret\n\n#CATALENS_ENCODER__LANES=0\nMULTI="one\nCATALENS_ENCODER__LANES=3"\n'
     path.write_bytes((kept + "export catalens_encoder__lanes=7 # old\r\nLAST=1").encode())
-    path.chmod(0o600)
+    path.chmod(0o640)
     set_variables(path, {"CATALENS_ENCODER__LANES": "2", "CATALENS_ENCODER__RUNTIME": "onnx"})
     changed = "CATALENS_ENCODER__LANES=2\nLAST=1\nCATALENS_ENCODER__RUNTIME=onnx\n"
     assert path.read_bytes().decode() == kept + changed
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert [one.name for one in tmp_path.iterdir()] == [".env"]
 
 

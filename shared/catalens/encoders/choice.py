@@ -30,7 +30,7 @@ _EXTRAS: Final[Mapping[RuntimeName, str]] = {"openvino": "encoder", "onnx": "onn
 
 
 # Lanes that feed a GPU: beyond, they wait for the interpreter, and all of them get slower.
-_LANES_OF_A_GPU: Final = 4
+_LANES_OF_A_GPU: Final = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,10 @@ Rows = NDArray[np.float32]
 # convolutional tower, where more than two at once gain little; few in a transformer, whose matrices they fill.
 _PICTURES_CONVOLUTIONAL: Final = 2
 _PICTURES: Final = 8
+# Seconds: a query that was is followed by others, and what gives way to them goes on all the same.
+_PICTURES_BESIDE_QUERIES: Final = 2
+_RECENT: Final = 1.0
+_PATIENCE: Final = 0.25
 # A transformer cuts its picture into patches by one convolution.
 _CONVOLUTIONS: Final = 4
 
@@ -70,6 +75,32 @@ class _Graph:
             raise Transient(f"the model failed: {error}") from error
 
 
+class _Singles:
+    """Pictures that are computed by themselves: batches give way, so that each waits for a stream but a moment."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._last = -_RECENT
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._running += 1
+            self._last = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    def give_way(self, most: int) -> int:
+        """Wait while there are some, for a moment at most, and return how many pictures to take next: up to `most`."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running, _PATIENCE)
+            recent = time.monotonic() - self._last < _RECENT
+        return min(most, _PICTURES_BESIDE_QUERIES) if recent else most
+
+
 class OpenVinoRuntime:
     """The towers that are wanted, compiled; `lanes` inferences of each run at once, on one thread each.
 
@@ -102,6 +133,7 @@ class OpenVinoRuntime:
         for name in GRAPHS[settings.towers]:
             path = _halved(core, bundle.path(name), cache) if halve else bundle.path(name)
             self._graphs[name] = _Graph(core, path, dimension, config, unfold=unfold)
+        self._singles = _Singles()
         self._pictures = settings.inference_batch or _PICTURES
         if not settings.inference_batch and VISION in self._graphs and self._graphs[VISION].convolutional():
             self._pictures = _PICTURES_CONVOLUTIONAL
@@ -111,9 +143,17 @@ class OpenVinoRuntime:
 
     def run_vision(self, pixels: NDArray[np.float32]) -> Rows:
         """Return [N, dimension] for pixels [N, 3, H, W]. Raises Transient."""
-        most = self._pictures
-        parts = range(0, len(pixels), most)
-        return np.concatenate([self._graphs[VISION].run(pixels=pixels[part : part + most]) for part in parts])
+        graph = self._graphs[VISION]
+        if len(pixels) == 1:  # a query, as a rule
+            with self._singles:
+                return graph.run(pixels=pixels)
+        rows: list[Rows] = []
+        at = 0
+        while at < len(pixels):
+            most = self._singles.give_way(self._pictures)
+            rows.append(graph.run(pixels=pixels[at : at + most]))
+            at += most
+        return np.concatenate(rows)
 
     def run_text(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Rows:
         """Return [N, dimension] for ids and mask [N, T]. Raises Transient."""
