@@ -211,7 +211,8 @@ def test_the_bench_writes_the_best_into_env(tmp_path: Path, photos: Path, monkey
     assert written[:2] == ["# mine", f"CATALENS_MODEL={TINY}"]
     assert re.fullmatch("CATALENS_ENCODER__RUNTIME=(openvino|onnx)", written[2])
     assert [line.split("=")[0] for line in written[3:]] == [
-        "CATALENS_ENCODER__LANES", "CATALENS_ENCODER__MAX_BATCH", "CATALENS_ENCODER__INFERENCE_BATCH",
+        "CATALENS_ENCODER__DEVICE", "CATALENS_ENCODER__LANES", "CATALENS_ENCODER__MAX_BATCH",
+        "CATALENS_ENCODER__INFERENCE_BATCH",
     ]  # fmt: skip
     assert all(line in said for line in written[2:])
     assert len(re.findall("^ *best ", said, re.MULTILINE)) == 1

@@ -45,6 +45,7 @@ class Way:
         """Return the settings that make it so, but for the precision, which changes the vectors."""
         return {
             "CATALENS_ENCODER__RUNTIME": self.runtime,
+            "CATALENS_ENCODER__DEVICE": self.device,
             "CATALENS_ENCODER__LANES": str(self.lanes),
             "CATALENS_ENCODER__MAX_BATCH": str(self.max_batch),
             "CATALENS_ENCODER__INFERENCE_BATCH": str(self.inference_batch),
@@ -188,7 +189,6 @@ class Bench:
             os.environ
             | way.variables()
             | {
-                "CATALENS_ENCODER__DEVICE": way.device,
                 "CATALENS_ENCODER__PRECISION": way.precision,
                 "CATALENS_MODEL": str(self._model.resolve()),
                 "CATALENS_DATA_DIR": str(scratch),

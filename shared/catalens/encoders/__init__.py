@@ -89,7 +89,10 @@ def load_runtime(
     else:
         from catalens.encoders.torch import TorchRuntime  # noqa: PLC0415  # as above
 
-        runtime = TorchRuntime(bundle, settings, chosen.device)
+        try:
+            runtime = TorchRuntime(bundle, settings, chosen.device)
+        except ModuleNotFoundError as error:  # torch is there, a library that this model is built by is not
+            raise Misconfigured(f"{error.name} is not installed: install catalens[torch]") from error
     prove(bundle, runtime, towers=settings.towers, name=NAMES[chosen.runtime])
     return runtime
 

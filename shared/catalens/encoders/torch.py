@@ -53,7 +53,10 @@ class TorchRuntime:
         else:
             torch.backends.cudnn.allow_tf32 = False  # it rounds to ten bits, and f32 would depend on the machine
         for name in GRAPHS[settings.towers]:
-            module = modules[name].eval().requires_grad_(False).to(device, dtype)
+            try:
+                module = modules[name].eval().requires_grad_(False).to(device, dtype)
+            except RuntimeError as error:  # as a rule the GPU's memory is full
+                raise Misconfigured(f"the model does not fit on {device}: {error}") from error
             if device == "cpu":
                 self._towers[name] = _OnCpu(torch, module, dtype, settings.inference_batch or _PICTURES)
             else:
