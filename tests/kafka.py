@@ -200,6 +200,9 @@ class Kafka:
     def freeze(self) -> None:
         """Stop the process where it stands: connections stay open and take bytes, and no answer comes."""
         os.kill(self.pid, signal.SIGSTOP)
+        # The signal reaches a busy machine's threads one by one: until the last one stands, an answer may come.
+        while any(_state(thread) not in "TZX" for thread in Path(f"/proc/{self.pid}/task").iterdir()):
+            time.sleep(0.01)
 
     def thaw(self) -> None:
         """Let a frozen one go on; it then answers what was asked meanwhile."""
@@ -271,3 +274,11 @@ def _free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+def _state(thread: Path) -> str:
+    """Return the letter that the kernel has for what a thread does; X once it is gone."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"

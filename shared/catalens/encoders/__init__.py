@@ -65,7 +65,7 @@ def load_runtime(
     # Each imports its library, which costs from 0.1 to 3 seconds: none but the one that runs.
     runtime: Runtime
     if chosen.runtime == "openvino":
-        from catalens.encoders.openvino import OpenVinoRuntime  # noqa: PLC0415  # as above
+        from catalens.encoders.openvino import OpenVinoRuntime, release  # noqa: PLC0415  # as above
 
         # A folder of its own for each fingerprint: what was compiled from one model never serves another.
         folder = cache / "openvino" / bundle.spec(settings.precision).fingerprint
@@ -81,6 +81,7 @@ def load_runtime(
             shutil.rmtree(folder, ignore_errors=True)
             runtime = OpenVinoRuntime(bundle, settings, lanes, folder)
             prove(bundle, runtime, towers=settings.towers, name=NAMES[chosen.runtime])
+        release(folder)
         return runtime
     if chosen.runtime == "onnx":
         from catalens.encoders.onnx import OnnxRuntime  # noqa: PLC0415  # as above
