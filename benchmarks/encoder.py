@@ -269,11 +269,12 @@ class Bench:
         """Where the image tower's time goes, by OpenVINO's counters, on one thread."""
         rows: Rows = []
         for precision in PRECISIONS:
-            rows += self._profiled(precision, {})
+            rows += self._profile(catalens("openvino", precision), least=0.01)
         yield rows
 
-    def _profiled(self, precision: str, environment: Mapping[str, str], least: float = 0.01) -> Rows:
-        answer = self._inside("profile", precision, environment, batch=16, times=5 if self.quick else 15)
+    def _profile(self, contender: Contender, least: float) -> Rows:
+        precision = contender.precision
+        answer = self._inside("profile", contender, batch=16, times=5 if self.quick else 15)
         if "failed" in answer:
             return [{"precision": precision, **answer}]
         counted = sum(row["ms a picture"] for row in answer["nodes"])
@@ -375,49 +376,52 @@ class Bench:
     # --- without AMX ---
 
     def isa(self) -> Iterator[Rows]:
-        """The bulk of 800 px with oneDNN told to use AVX-512 or AVX2 only, and the kernels that ran: was it heeded?"""
-        rows: Rows = []
-        ours = [one for one in OURS if "OpenVINO" in one.name]
-        peers = [one for one in PEERS if one.module in ("hf", "sentence", "fast_embed")]
+        """The bulk of 800 px with oneDNN told to use AVX-512 or AVX2 only, and the kernels that ran: was it heeded?
+
+        Without bf16, which such a processor computes step by step at a fraction of its f32 rate, in every library.
+        """
         for onednn, mkl in ISAS.items():
             told = {"ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl, "ATEN_CPU_CAPABILITY": mkl.lower()}
-            contenders = tuple(replace(one, env=told) for one in (*ours, *peers))
-            running = start_all(contenders, print)
+            folder = str(DATA / onednn)  # what was compiled for other instructions serves nobody here
+            ours = [
+                replace(one, env=told, setting={**one.setting, "precision": "f32", "data": folder})
+                for one in (catalens("openvino", "f32"), catalens("openvino", "int8"))
+            ]
+            peers = [replace(one, env=told) for one in PEERS if one.precision == "f32" and one.module != "faster"]
+            running = start_all((*ours, *peers), print)
+
+            def images(one: Running, start: int, count: int) -> float:
+                return one.images(800, start, count)
+
             try:
-                samples = self._take_turns(
-                    running,
-                    lambda one, start, count: one.images(800, start, count),
-                    16,
-                    max(2, self.rounds - 2),
-                    self.seconds,
-                )
+                samples = self._take_turns(running, images, 16, max(2, self.rounds - 2), self.seconds)
             finally:
                 _end(running)
-            named = {one.name: one for one in contenders}
+            named = {one.name: one for one in (*ours, *peers)}
             compared = _compared(f"images/s from 800 px, {onednn} at most", samples, named)
             for row in compared:
-                contender = named[row["contender"]]
-                if contender in contenders[: len(ours)]:
-                    nodes = self._profiled(contender.precision, told, least=0.3)
+                if named[row["contender"]] in ours:
+                    nodes = self._profile(named[row["contender"]], least=0.3)
                     row["kernels"] = ", ".join(dict.fromkeys(str(node.get("kernel", "")) for node in nodes[1:]))
-            rows += compared
-        yield rows
+            yield compared
 
-    def _inside(
-        self, part: str, precision: str, environment: Mapping[str, str] | None = None, **given: object
-    ) -> dict[str, Any]:
-        """Run a part of encoder_inside in a process and return its answer, or `failed` with its last words."""
-        setting = catalens("openvino", precision).setting if part != "gemm" else {"precision": precision}
+    def _inside(self, part: str, contender: Contender | str, **given: object) -> dict[str, Any]:
+        """Run a part of encoder_inside in a process and return its answer, or `failed` with its last words.
+
+        For Catalens at a setting, or at a precision in its default runtime.
+        """
+        one = catalens("openvino", contender) if isinstance(contender, str) else contender
+        setting = {"precision": one.precision} if part == "gemm" else one.setting
         meanwhile = Meanwhile(_children_spent)
         asked = subprocess.run(
             [sys.executable, "-m", "benchmarks.encoder_inside", part, json.dumps({**setting, **given})],
-            cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False,
+            cwd=ROOT, env={**os.environ, **one.env}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if asked.returncode:
             lines = asked.stderr.strip().splitlines()
             return {"failed": lines[-1][-200:] if lines else f"exit status {asked.returncode}"}
         if (others := meanwhile.others()) > _QUIET:
-            print(f"{part}, {precision}: others took {others:.0%} of the cores meanwhile")
+            print(f"{part}, {one.precision}: others took {others:.0%} of the cores meanwhile")
         answer: dict[str, Any] = json.loads(asked.stdout.strip().splitlines()[-1])
         return answer
 

@@ -166,7 +166,8 @@ REFUSED = [
     _search("offset -1", "offset", offset=-1),
     _search("unknown field of a search", "colour", colour="red"),
     _search("unknown filter", "filters.colour", filters={"colour": "red"}),
-    _search("like is not built", "like", like=["shoe"]),
+    _search("like what is not there", "like.0", like=["shoe"]),
+    _search("facets are not built", "facets", facets=["brand"]),
 ]  # fmt: skip
 
 

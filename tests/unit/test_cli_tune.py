@@ -282,9 +282,3 @@ def test_the_int8_model_of_a_model_is_found(installation: Path) -> None:
     (installation / "broken").mkdir()
     (installation / "broken" / "bundle.json").write_text("no manifest")
     assert int8_of(load_bundle(TINY), installation) == small
-
-
-def test_a_name_that_is_no_name_is_refused(photos: Path) -> None:
-    pytest.importorskip("onnx")
-    with pytest.raises(Misconfigured, match="cannot be a model's name"):
-        run("quantize", str(TINY), "--images", str(photos), "--name", "../x")

@@ -707,11 +707,19 @@ async def _stop_consumer(consumer: AIOKafkaConsumer) -> None:
     try:
         async with asyncio.timeout(_STOP_SECONDS):
             await asyncio.gather(consumer.stop(), _leave_early(consumer))
-    except (TimeoutError, kafka_errors.KafkaError) as error:
+    except (TimeoutError, kafka_errors.KafkaError, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        # Else it is of a fetch that the library itself cancelled and then waited for; it leaves the rest open.
         log.warning("consumer.given_up", error=str(error) or repr(error))
-        if consumer._fetcher is not None:  # noqa: SLF001  # there is no public way
-            with suppress(kafka_errors.KafkaError):  # which it has told when it failed
-                await consumer._fetcher.close()  # noqa: SLF001
+        fetcher = consumer._fetcher  # noqa: SLF001  # there is no public way
+        if fetcher is not None:
+            with suppress(kafka_errors.KafkaError, asyncio.CancelledError):  # which it has told when it failed
+                await fetcher.close()
+            for fetch in fetcher._pending_tasks:  # noqa: SLF001  # as above
+                fetch.cancel()
+            await asyncio.gather(*fetcher._pending_tasks, return_exceptions=True)  # noqa: SLF001  # as above
         await consumer._client.close()  # noqa: SLF001
 
 
