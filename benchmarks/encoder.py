@@ -379,6 +379,7 @@ class Bench:
         """The bulk of 800 px with oneDNN told to use AVX-512 or AVX2 only, and the kernels that ran: was it heeded?
 
         Without bf16, which such a processor computes step by step at a fraction of its f32 rate, in every library.
+        ONNX Runtime's own kernels (MLAS), so fastembed and a part of OpenVINO's in f32, cannot be told.
         """
         for onednn, mkl in ISAS.items():
             told = {"ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl, "ATEN_CPU_CAPABILITY": mkl.lower()}
