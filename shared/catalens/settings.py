@@ -194,7 +194,8 @@ class EncoderSettings(Section):
         "alone and queries are lexical or by picture; a query service without `image` takes no pictures",
     )
     lanes: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="batches that are prepared and computed side by side; 0 = one a core"
+        default=0,
+        description="batches that are prepared and computed side by side; 0 = one a core, at most eight before a GPU",
     )
     max_batch: Count = Field(default=16, description="items in one batch of a lane")
     inference_batch: Annotated[int, Field(ge=0)] = Field(

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests import pictures
 from catalens.embedding import probe
 from catalens.encoders import open_encoder
 from catalens.encoders.choice import RuntimeName
+from catalens.encoders.openvino import release
 from catalens.errors import InvalidPicture, Misconfigured, NotLoaded, Transient
 from catalens.ports import Encoder
 from catalens.settings import EncoderSettings, PictureSettings, Settings
@@ -313,6 +315,38 @@ async def test_a_spoilt_cache_costs_time_and_nothing_else(tmp_path: Path) -> Non
         blob.write_bytes(data[: len(data) // 2] if number else b"")
     async with open_encoder(settings(tmp_path), Metrics()) as encoder:
         np.testing.assert_array_equal(await encoder.embed_text("red"), expected)
+
+
+async def test_what_is_kept_but_gives_wrong_vectors_is_made_again(tmp_path: Path) -> None:
+    async with open_encoder(settings(tmp_path), Metrics()) as encoder:
+        expected = await encoder.embed_text("red")
+    (kept,) = (tmp_path / "data" / "cache" / "openvino").iterdir()
+    one, other = sorted(path for path in kept.rglob("*") if path.is_file())
+    swapped = one.read_bytes(), other.read_bytes()  # whole, and another tower's
+    for blob, data in zip((other, one), swapped, strict=True):
+        blob.chmod(0o600)
+        blob.write_bytes(data)
+    async with open_encoder(settings(tmp_path), Metrics()) as encoder:
+        np.testing.assert_array_equal(await encoder.embed_text("red"), expected)
+
+
+async def test_what_was_kept_for_a_model_that_is_gone_is_deleted(tmp_path: Path) -> None:
+    kept = tmp_path / "data" / "cache" / "openvino"
+    for name, days in (("gone", 31), ("rested", 29)):
+        (kept / name).mkdir(parents=True)
+        os.utime(kept / name, (0, time.time() - days * 86400))
+    for _ in range(2):
+        async with open_encoder(settings(tmp_path), Metrics()) as encoder:
+            fingerprint = encoder.spec.fingerprint
+    assert {path.name for path in kept.iterdir()} == {"rested", fingerprint}
+
+
+async def test_memory_that_was_given_back_is_read_again(tmp_path: Path) -> None:
+    async with open_encoder(settings(tmp_path, model=STARTER), Metrics()) as encoder:
+        before = await encoder.embed_text("red shoe")
+    async with open_encoder(settings(tmp_path, model=STARTER), Metrics()) as encoder:  # from what is kept
+        release(tmp_path)
+        np.testing.assert_array_equal(await encoder.embed_text("red shoe"), before)
 
 
 async def test_without_a_place_for_its_cache_it_runs_all_the_same(tmp_path: Path) -> None:

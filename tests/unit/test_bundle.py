@@ -154,8 +154,11 @@ def test_a_model_that_is_nowhere_is_an_error_that_says_where_it_was_looked_for(t
     assert str(tmp_path / "models" / "nosuch") in str(caught.value)
 
 
-def test_the_starter_model_is_bundled(tmp_path: Path) -> None:
-    assert read_manifest(resolve("starter", tmp_path)).family == "starter"
+def test_the_starter_model_is_bundled_and_its_fingerprint_is_what_installations_have(tmp_path: Path) -> None:
+    starter = resolve("starter", tmp_path)
+    assert read_manifest(starter).family == "starter"
+    # Another one makes every index of the starter model one that has to be built anew.
+    assert load_bundle(starter).spec("f32").fingerprint == "36dc33526bc7229e7734f09d3e525232"
 
 
 def test_a_manifest_is_read_without_any_model_runtime() -> None:

@@ -50,6 +50,7 @@ def quantize(
     """Make an int8 model of one that is here, with your own pictures, and measure what that costs."""
     from catalens.encoders.bundle import load_bundle, resolve
     from catalens.settings import load_settings
+    from catalens_standalone.pulling import place_of
 
     settings = load_settings()
     _quiet(settings)
@@ -61,10 +62,8 @@ def quantize(
         ) from error
     source = load_bundle(resolve(model or settings.model, settings.data_dir))
     chosen = name or f"{Path(model or settings.model).name}-int8"
-    if Path(chosen).name != chosen or chosen.startswith("."):
-        raise Misconfigured(f"{chosen!r} cannot be a model's name: it names a folder in CATALENS_DATA_DIR/models")
+    target = place_of(chosen, settings.data_dir)
     samples = making.Samples(_files(images), _texts(texts))
-    target = settings.data_dir / "models" / chosen
     made = making.quantize(
         source, target, samples, settings.pictures, settings.encoder.precision, force=force, report=_report
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ Fetched = tuple[Path, str | None]  # a folder, and the hub's revision of it
 
 _HUB: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")  # not ./a or ../a: a folder that is missing
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 # Everything that says what a model is; no code, and no weights yet.
 _SMALL: Final = ["*.json", "*.txt", "*.model", "README.md"]
 
@@ -49,11 +51,7 @@ def pull(
             f"{what} is no folder, no owner/name of a hub and none of the names known here: {', '.join(KNOWN)}"
         )
     chosen = name or (known.name if known else folder.resolve().name)
-    if not _NAME.fullmatch(chosen):
-        raise Misconfigured(f"{chosen!r} cannot be a model's name: take letters, digits, '.', '_' and '-'")
-    target = data_dir / "models" / chosen
-    if chosen in bundled().values():
-        raise Misconfigured(f"{chosen} is the name of a model that comes with Catalens: give another one with --name")
+    target = place_of(chosen, data_dir)
     if target.exists() and not force:
         held = f"revision {read_manifest(target).revision}" if (target / MANIFEST).is_file() else "no bundle"
         raise Misconfigured(f"{target} is there already ({held}): --force makes it again")
@@ -70,6 +68,15 @@ def pull(
     except OSError as error:
         raise CatalensError(f"{target} cannot be written: {error}") from error
     return target, read_manifest(target)
+
+
+def place_of(name: str, data_dir: Path) -> Path:
+    """Return the folder of a new model called `name`; raises Misconfigured for a name that could not be found again."""
+    if not _NAME.fullmatch(name):
+        raise Misconfigured(f"{name!r} cannot be a model's name: take letters, digits, '.', '_' and '-'")
+    if name in bundled().values():
+        raise Misconfigured(f"{name} is the name of a model that comes with Catalens: give another one with --name")
+    return data_dir / "models" / name
 
 
 def _need_extra(name: str) -> None:
@@ -116,6 +123,8 @@ def _fetch(what: str, known: Known | None, revision: str | None, report: Report)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise Misconfigured(f"the hub has no {hub}{f' of revision {revision}' if revision else ''}") from error
     except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _DISK:  # one of the network's has another number, or none
+            raise CatalensError(f"{hub} cannot be kept here: {error}") from error
         raise Misconfigured(
             f"no model hub answers ({error}): where one does, run `hf download {hub} --local-dir FOLDER`, bring the "
             f"folder here and run `catalens model pull FOLDER --name {known.name if known else 'NAME'}`"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_KEPT_SECONDS = 30 * 86400.0
+
 
 @asynccontextmanager
 async def open_encoder(settings: Settings, metrics: Metrics) -> AsyncIterator[Encoder]:
@@ -82,6 +84,7 @@ def load_runtime(
             runtime = OpenVinoRuntime(bundle, settings, lanes, folder)
             prove(bundle, runtime, towers=settings.towers, name=NAMES[chosen.runtime])
         release(folder)
+        _forget_unused(folder)
         return runtime
     if chosen.runtime == "onnx":
         from catalens.encoders.onnx import OnnxRuntime  # noqa: PLC0415  # as above
@@ -96,6 +99,16 @@ def load_runtime(
             raise Misconfigured(f"{error.name} is not installed: install catalens[torch]") from error
     prove(bundle, runtime, towers=settings.towers, name=NAMES[chosen.runtime])
     return runtime
+
+
+def _forget_unused(used: Path) -> None:
+    """Delete what was compiled for models that no process here has loaded for a month: it can be compiled again."""
+    if not used.is_dir():  # nothing can be kept here
+        return
+    os.utime(used)
+    for other in used.parent.iterdir():
+        if other.stat().st_mtime < time.time() - _KEPT_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _load(settings: Settings, metrics: Metrics) -> Callable[[], Encoder]:

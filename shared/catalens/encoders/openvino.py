@@ -37,7 +37,9 @@ Rows = NDArray[np.float32]
 _PICTURES_CONVOLUTIONAL: Final = 2
 _PICTURES: Final = 8
 # Seconds: a query that was is followed by others, and what gives way to them goes on all the same.
+# In f32 one picture takes as long as three or four do in bf16.
 _PICTURES_BESIDE_QUERIES: Final = 2
+_PICTURES_BESIDE_QUERIES_F32: Final = 1
 _RECENT: Final = 1.0
 _PATIENCE: Final = 0.25
 # A transformer cuts its picture into patches by one convolution.
@@ -80,7 +82,8 @@ class _Graph:
 class _Singles:
     """Pictures that are computed by themselves: batches give way, so that each waits for a stream but a moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: int) -> None:
+        self._beside = beside
         self._changed = threading.Condition()
         self._running = 0
         self._last = -_RECENT
@@ -100,7 +103,7 @@ class _Singles:
         with self._changed:
             self._changed.wait_for(lambda: not self._running, _PATIENCE)
             recent = time.monotonic() - self._last < _RECENT
-        return min(most, _PICTURES_BESIDE_QUERIES) if recent else most
+        return min(most, self._beside) if recent else most
 
 
 class OpenVinoRuntime:
@@ -114,6 +117,13 @@ class OpenVinoRuntime:
         core = ov.Core()
         if settings.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise Misconfigured("this processor has no bf16: set CATALENS_ENCODER__PRECISION=f32")
+        if bundle.manifest.precision == "int8" and _saturates():
+            log.warning(
+                "encoder.int8_saturates",
+                model=bundle.manifest.id,
+                advice="this processor has no VNNI and adds int8 products up in 16 bits: its vectors are farther from "
+                "the model's own than bundle.json says (docs/adr/0017); serve the fp32 bundle here",
+            )
         try:
             cache.mkdir(parents=True, exist_ok=True)
             core.set_property({"CACHE_DIR": str(cache)})
@@ -135,7 +145,8 @@ class OpenVinoRuntime:
         for name in GRAPHS[settings.towers]:
             path = _halved(core, bundle.path(name), cache) if halve else bundle.path(name)
             self._graphs[name] = _Graph(core, path, dimension, config, unfold=unfold)
-        self._singles = _Singles()
+        slow = settings.precision == "f32" and bundle.manifest.precision == "fp32"
+        self._singles = _Singles(_PICTURES_BESIDE_QUERIES_F32 if slow else _PICTURES_BESIDE_QUERIES)
         self._pictures = settings.inference_batch or _PICTURES
         if not settings.inference_batch and VISION in self._graphs and self._graphs[VISION].convolutional():
             self._pictures = _PICTURES_CONVOLUTIONAL
@@ -160,6 +171,15 @@ class OpenVinoRuntime:
     def run_text(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Rows:
         """Return [N, dimension] for ids and mask [N, T]. Raises Transient."""
         return self._graphs[TEXT].run(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def _saturates() -> bool:
+    """Whether int8 products overflow here, as on x86 before VNNI; False where the system does not say."""
+    try:
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx2" in about and "vnni" not in about
 
 
 def _unfolded(core: ov.Core, path: Path) -> ov.Model:
