@@ -100,6 +100,7 @@ PARTS: Final = {
     "ScrollPoints": "filter offset limit with_payload with_vectors order_by",
     "StartFrom": "float integer",
     "CountPoints": "filter exact",
+    "FacetCounts": "key filter limit exact",
     "UpdateBatchPoints": "operations",
     "PointsUpdateOperation": "upsert set_payload overwrite_payload delete_payload update_vectors delete_vectors "
     "delete_points clear_payload",
@@ -632,6 +633,27 @@ class Store:
         exact = request.exact if request.HasField("exact") else True
         count = collection.shard.count(edge.CountRequest(exact, collection.filter_of(request)))
         return q.CountResponse(result=q.CountResult(count=count))
+
+    def points_facet(self, request: Message) -> Message:
+        collection = self._collection(request)
+        self._check_indexes(collection, request.filter)
+        if request.key not in collection.indexes:  # whatever the mode
+            raise bad(f"Bad request: No appropriate index for faceting: `{request.key}`. Please create one.")
+        limit = request.limit if request.HasField("limit") else 10
+        found = collection.shard.facet(
+            edge.FacetRequest(request.key, limit, request.exact, collection.filter_of(request))
+        )
+        return q.FacetResponse(
+            hits=[
+                q.FacetHit(
+                    value=q.FacetValue(string_value=hit.value)
+                    if isinstance(hit.value, str)
+                    else q.FacetValue(integer_value=hit.value),
+                    count=hit.count,
+                )
+                for hit in found.hits
+            ]
+        )
 
     def points_scroll(self, request: Message) -> Message:
         collection = self._collection(request)

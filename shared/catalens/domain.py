@@ -378,6 +378,25 @@ class LegHit:
     score: float
 
 
+FacetKey: TypeAlias = str
+"""brand, category, locale, group_id, currency, image_status, in_stock or attributes.NAME."""
+NumberKey = Literal["price", "stock"]
+FacetCount: TypeAlias = tuple[Scalar, int]
+"""A value and how many products have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a ranking is sorted, grouped and boosted by; a number that is unknown is None."""
+
+    version: int
+    price: float | None = None
+    stock: int | None = None
+    group_id: str | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """The numeric attributes, by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class IndexCounts:
     """products: live ones; images_pending: of these; deleted: tombstones kept; offers_only: offers that wait."""

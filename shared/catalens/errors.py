@@ -55,6 +55,10 @@ class NotLoaded(CatalensError):
     """This process was told not to load what this needs: another one may have it, this one never will (HTTP 501)."""
 
 
+class NoFacet(CatalensError):
+    """The index cannot count this field; the text says why and what would help (HTTP 422)."""
+
+
 class ModelMismatch(CatalensError):
     """The index was built by another model. Vectors of two models are never mixed, always refused."""
 

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 from uuid import UUID
 
 from catalens.domain import (
+    FacetCount,
+    FacetKey,
+    Facts,
     Filter,
     ImageUpdate,
     IndexCounts,
@@ -21,6 +24,7 @@ from catalens.domain import (
     LegHit,
     Message,
     ModelSpec,
+    NumberKey,
     OfferUpdate,
     Offsets,
     PictureInfo,
@@ -199,6 +203,27 @@ class VectorIndex(Protocol):
         self, tenant: str, product_ids: Sequence[str], *, with_vectors: bool = False
     ) -> Mapping[str, StoredProduct]:
         """Return the live products among `product_ids`."""
+        ...
+
+    async def facts(self, tenant: str, product_ids: Sequence[str]) -> Mapping[str, Facts]:
+        """Return what is known of the live products among `product_ids`: cheaper than `get`."""
+        ...
+
+    async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
+        """Return how many live products there are under each filter."""
+        ...
+
+    async def facet(
+        self, tenant: str, asked: Sequence[tuple[FacetKey, Filter]], limit: int
+    ) -> Sequence[Sequence[FacetCount]]:
+        """Return, per key, its most frequent values among live products under the filter, ties in value order.
+
+        A product counts once for each of its values, and for a category for every path above it. Raises NoFacet.
+        """
+        ...
+
+    async def extremes(self, tenant: str, key: NumberKey, where: Filter) -> tuple[float, float] | None:
+        """Return the smallest and the largest number among live products under `where`; None if none has one."""
         ...
 
     async def page(self, tenant: str, *, after: str | None, limit: int, where: Filter) -> Sequence[StoredProduct]:

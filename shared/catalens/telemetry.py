@@ -259,7 +259,7 @@ class Metrics:
         )
         self.search_stages = Histogram(
             "catalens_search_stage_seconds",
-            "Stages of one search: encode, search (the index), fuse, load (the products found).",
+            "Stages of one search: encode, search (the index), fuse, load (the products found), facets.",
             ["stage"],
             buckets=_FAST,
             registry=add,

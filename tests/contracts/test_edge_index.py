@@ -20,7 +20,7 @@ import structlog
 
 from catalens.domain import Deletion, Filter, IndexDocument, ModelSpec, Product, TombstoneWrite
 from catalens.engines.edge import EdgeIndex
-from catalens.errors import Misconfigured, ModelMismatch, StorageFull, Transient
+from catalens.errors import Misconfigured, ModelMismatch, NoFacet, StorageFull, Transient
 
 SPEC = ModelSpec(id="test", revision="1", family="test", dimension=4, fingerprint="f" * 64)
 
@@ -94,6 +94,21 @@ async def test_a_folder_that_this_release_cannot_read_is_refused(tmp_path: Path,
     (tmp_path / "index" / "meta.json").write_bytes(content)
     with pytest.raises(Misconfigured, match="catalens reindex"):
         await EdgeIndex.open(tmp_path / "index", SPEC)
+
+
+async def test_a_folder_of_before_facets_goes_on_working_and_says_what_to_do(tmp_path: Path) -> None:
+    await (await EdgeIndex.open(tmp_path / "index", SPEC)).close()
+    meta = tmp_path / "index" / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 1}))
+    index = await EdgeIndex.open(tmp_path / "index", SPEC)
+    try:
+        assert await index.upsert([document("p")]) == ["applied"]
+        assert await ids(index) == ["p"]
+        with pytest.raises(NoFacet, match="catalens reindex --rebuild"):
+            await index.facet("shop", [("brand", Filter())], 5)
+        assert await index.facet("shop", [("image_status", Filter())], 5) == [[("none", 1)]]
+    finally:
+        await index.close()
 
 
 async def test_a_creation_that_was_killed_half_way_is_begun_again(tmp_path: Path) -> None:

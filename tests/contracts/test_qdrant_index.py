@@ -44,7 +44,7 @@ from catalens.domain import (
 )
 from catalens.engines import qdrant as adapter
 from catalens.engines.qdrant import QdrantIndex, QdrantIndexes, order_keys
-from catalens.errors import Conflict, InvalidEvent, Misconfigured, ModelMismatch, StorageFull, Transient
+from catalens.errors import Conflict, InvalidEvent, Misconfigured, ModelMismatch, NoFacet, StorageFull, Transient
 from catalens.settings import QdrantSettings
 
 SPEC = ModelSpec(id="test", revision="1", family="test", dimension=4, fingerprint="a" * 64)
@@ -326,6 +326,30 @@ async def test_numeric_attributes_beyond_the_limit_get_no_index(
     assert described is not None
     assert sum(key.startswith("numbers.") for key in described.payload_schema) == 2
     assert (await index.get(SHOP, ["p"]))["p"].product.attributes == {"a": 1, "b": 2, "c": 3}
+
+
+async def test_attributes_beyond_the_limit_are_not_counted_and_said_so(
+    pair: tuple[QdrantIndex, QdrantIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "MAX_FACET_INDEXES", 1)
+    await pair[0].upsert([document("p", brand="B", attributes={"a": "x"})])
+    await pair[0].upsert([document("q", brand="B", attributes={"b": "y"})])
+    for index in pair:
+        asked = [("brand", ALL), ("attributes.a", ALL)]
+        assert await index.facet(SHOP, asked, 5) == [[("B", 2)], [("x", 1)]]
+        with pytest.raises(NoFacet, match="1 other"):
+            await index.facet(SHOP, [("attributes.b", ALL)], 5)
+
+
+async def test_a_collection_of_before_facets_goes_on_working_and_says_what_to_do(
+    pair: tuple[QdrantIndex, QdrantIndex],
+) -> None:
+    index = pair[0]
+    index._format = adapter.WITHOUT_FACETS
+    assert await index.upsert([document("p", brand="B")]) == ["applied"]
+    with pytest.raises(NoFacet, match="catalens reindex --rebuild"):
+        await index.facet(SHOP, [("brand", ALL)], 5)
+    assert await index.facet(SHOP, [("image_status", ALL)], 5) == [[("none", 1)]]
 
 
 # --- the order of pages -------------------------------------------------------------------------------------------

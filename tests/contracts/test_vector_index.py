@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests import naive
 
 from catalens.domain import (
     MAX_VERSION,
     Condition,
     Deletion,
+    Facts,
     Filter,
     ImageRef,
     ImageStatus,
@@ -53,6 +55,7 @@ SHOP = "shop"
 BLOB = "0123456789abcdef" * 4
 
 Open = Callable[[], Awaitable[VectorIndex]]
+_tenants = (f"example-{number}" for number in itertools.count())
 
 
 @pytest.fixture(params=["edge", "qdrant"])
@@ -630,6 +633,147 @@ async def test_filters_follow_every_write(index: VectorIndex) -> None:
     assert not await matches(Condition("in_stock", (True, False)))
 
 
+# --- counting -----------------------------------------------------------------------------------------------------
+
+
+async def test_facets_count_each_value_once_most_frequent_first(shelf: VectorIndex) -> None:
+    keys = ("brand", "category", "attributes.size", "attributes.sports", "in_stock", "currency", "group_id", "locale")
+    counts = await shelf.facet(SHOP, [(key, ALL) for key in (*keys, "attributes.nobody", "image_status")], 10)
+    assert {key: list(found) for key, found in zip(keys, counts, strict=False)} == {
+        "brand": [("Nike", 2), ("Adidas", 1)],
+        "category": [("Sport", 3), ("Sport > Shoes", 2), ("Sport > Shoes > Boots", 1), ("Sports", 1)],
+        "attributes.size": [(42, 2), ("42", 1)],
+        "attributes.sports": [("trail", 2), ("hiking", 1)],
+        "in_stock": [(True, 2), (False, 1)],
+        "currency": [("EUR", 2), ("USD", 1)],
+        "group_id": [("g1", 2), ("g2", 1)],
+        "locale": [("en", 1), ("fr-FR", 1)],
+    }
+    assert [list(found) for found in counts[len(keys) :]] == [[], [("ok", 5)]]
+    red = Filter((Condition("attributes.color", ("red",)),), exclude=("boot",))
+    (found, fewer) = await shelf.facet(SHOP, [("brand", red), ("category", ALL)], 1)
+    assert (list(found), list(fewer)) == ([("Adidas", 1)], [("Sport", 3)])
+    assert list(await shelf.facet(SHOP, [], 10)) == []
+
+
+async def test_counts_and_extremes_are_of_live_products_alone(shelf: VectorIndex) -> None:
+    await shelf.update_offers([offer("lone", 1, price=0.5, stock=2, currency="CHF")])
+    await shelf.upsert([document("gone", price=0.1, stock=1, offer_version=1, brand="Nike")])
+    await shelf.delete([tombstone("gone", 2)])
+    sport, nothing = Filter((Condition("category", ("Sport",)),)), Filter((Condition("brand", ("Nobody",)),))
+    assert list(await shelf.count(SHOP, [ALL, sport, nothing])) == [5, 3, 0]
+    assert await shelf.extremes(SHOP, "price", ALL) == (19.99, 1e308)
+    assert await shelf.extremes(SHOP, "price", sport) == (19.99, 120.0)
+    assert await shelf.extremes(SHOP, "stock", sport) == (0, 3)
+    assert await shelf.extremes(SHOP, "price", nothing) is None
+    brand, stocked, currency = await shelf.facet(SHOP, [(key, ALL) for key in ("brand", "in_stock", "currency")], 10)
+    assert list(brand) == [("Nike", 2), ("Adidas", 1)]
+    assert list(stocked) == [(True, 2), (False, 1)]
+    assert list(currency) == [("EUR", 2), ("USD", 1)]
+    assert list(await shelf.count("nobody", [ALL])) == [0]
+
+
+async def test_facts_are_what_a_ranking_needs(shelf: VectorIndex) -> None:
+    await shelf.delete([tombstone("yacht", 2)])
+    found = await shelf.facts(SHOP, ["boot", "bare", "yacht", "nobody", "boot"])
+    assert dict(found) == {
+        "boot": Facts(version=1, price=120.0, stock=3, group_id="g1", numbers={"size": 42}),
+        "bare": Facts(version=1),
+    }
+    assert dict(await shelf.facts(SHOP, [])) == {}
+
+
+async def test_what_can_be_counted_is_known_after_a_restart(adapter: Open) -> None:
+    first = await adapter()
+    await first.upsert([document("p", brand="B", attributes={"color": "red"})])
+    await first.close()
+    second = await adapter()
+    try:
+        await second.upsert([document("q", brand="B")])
+        brand, color = await second.facet(SHOP, [("brand", ALL), ("attributes.color", ALL)], 5)
+        assert (list(brand), list(color)) == ([("B", 2)], [("red", 1)])
+    finally:
+        await second.close()
+
+
+VALUES: dict[str, list[Any]] = {
+    "brand": ["Nike", "nike", 'quote " \\'],
+    "category": ["Sport", "Sport > Shoes", "Sports", "Home > Bath"],
+    "group_id": ["g1", "g2"],
+    "price": [0, 10, 10.5, 300],
+    "stock": [0, 3],
+    "currency": ["EUR", "USD"],
+}
+ATTRIBUTES: dict[str, list[Any]] = {
+    "color": ["red", "blue", ["red", "blue", "red"], []],
+    "size": [42, 42.0, "42", True, 1, -7.5],
+}
+FACETS_ASKED = (*(key for key in VALUES if key not in ("price", "stock")), "in_stock", "locale", "attributes.color")
+
+
+@st.composite
+def shelves(draw: st.DrawFn) -> list[Product]:
+    """Return products with few and telling values."""
+
+    def some(values: dict[str, list[Any]]) -> dict[str, Any]:
+        return {key: draw(st.sampled_from(these)) for key, these in values.items() if draw(st.booleans())}
+
+    return [
+        Product(
+            product_id=f"p{number}", name="x", version=1, offer_version=1, attributes=some(ATTRIBUTES), **some(VALUES)
+        )
+        for number in range(draw(st.integers(0, 8)))
+    ]
+
+
+@st.composite
+def conditions(draw: st.DrawFn) -> Condition:
+    """Return a condition on one of the fields, mostly one that some product meets."""
+    numbers = st.sampled_from([0.0, 10.0, 42.0, 100.0])
+    key = draw(st.sampled_from([*VALUES, "in_stock", "product_id", *(f"attributes.{name}" for name in ATTRIBUTES)]))
+    if key in ("price", "stock", "attributes.size") and draw(st.booleans()):
+        low, high = draw(st.none() | numbers), draw(numbers)
+        return Condition(key, within=Range(gte=low, lte=high) if draw(st.booleans()) else Range(gt=low, lt=high))
+    known: dict[str, list[Any]] = {
+        **VALUES,
+        "in_stock": [True, False],
+        "product_id": ["p0", "p3", "p6"],
+        "attributes.color": ["red", "blue"],
+        "attributes.size": [42, "42", True, 1],
+    }
+    return Condition(key, tuple(draw(st.lists(st.sampled_from(known[key]), min_size=1, max_size=2))))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    products=shelves(),
+    asked=st.lists(conditions(), max_size=3, unique_by=lambda condition: condition.key),
+    gone=st.sets(st.sampled_from(["p1", "p2"])),
+    exclude=st.sampled_from([(), ("p4",)]),
+)
+async def test_reads_under_a_filter_and_facets_are_what_a_naive_reader_finds(
+    index: VectorIndex, products: list[Product], asked: list[Condition], gone: set[str], exclude: tuple[str, ...]
+) -> None:
+    tenant, where = next(_tenants), Filter(tuple(asked), exclude)
+    await index.upsert([IndexDocument(tenant, one, "none", text=vector(1), lexical=terms(a=1)) for one in products])
+    await index.delete([tombstone(product_id, 2, tenant=tenant) for product_id in sorted(gone)])
+    await index.update_offers([offer("lone", 1, tenant=tenant, price=10.0, stock=3, currency="EUR")])
+    expected = [one for one in products if one.product_id not in gone and naive.matches(one, where)]
+    names = [one.product_id for one in expected]
+    assert [stored.product.product_id for stored in await index.page(tenant, after=None, limit=9, where=where)] == names
+    assert sorted(await nearest(index, "text", vector(1), where, tenant=tenant)) == names
+    assert sorted(await nearest(index, "lexical", terms(a=1), where, tenant=tenant)) == names
+    assert list(await index.count(tenant, [where])) == [len(names)]
+    for key in ("price", "stock"):
+        numbers = [value for one in expected if (value := getattr(one, key)) is not None]
+        extremes = await index.extremes(tenant, key, where)
+        assert extremes == ((min(numbers), max(numbers)) if numbers else None)
+    counts = await index.facet(tenant, [(key, where) for key in (*FACETS_ASKED, "attributes.size")], 100)
+    for key, found in zip((*FACETS_ASKED, "attributes.size"), counts, strict=True):
+        assert {(isinstance(value, bool), value): count for value, count in found} == naive.counted(expected, key), key
+        assert [count for _, count in found] == sorted((count for _, count in found), reverse=True)
+
+
 # --- reading in order ---------------------------------------------------------------------------------------------
 
 
@@ -845,9 +989,6 @@ async def state(index: VectorIndex, tenant: str) -> object:
     counts = await index.counts(tenant)
     refused = await index.upsert([document(version=MAX_VERSION, tenant=tenant)])
     return seen, counts, refused, comparable(await one(index, tenant=tenant))
-
-
-_tenants = (f"example-{number}" for number in itertools.count())
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

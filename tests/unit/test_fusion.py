@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from catalens.domain import LegHit, VectorName
-from catalens_query.fusion import RankedList, extend, first, fuse, own_picture
+from catalens_query.fusion import Part, RankedList, extend, first, fuse, own_picture, shares
 
 
 def ranked(using: VectorName, weight: float, **scores: float) -> RankedList:
@@ -116,3 +118,41 @@ def test_a_product_without_a_picture_is_not_held_back_by_the_pictures() -> None:
     assert fuse([lexical, text, RankedList("image", 0.2, pictures, complete=True)])[0].product_id == "bare"
     cut_off = fuse([lexical, text, RankedList("image", 0.2, pictures)])
     assert cut_off[0].product_id == "shown", "beyond the end of a longer list it may have a picture that is far off"
+
+
+scores = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(-1, 1).map(lambda value: round(value, 3)), max_size=8)
+
+
+@given(
+    lists=st.lists(st.tuples(scores, st.sampled_from([0.2, 0.3, 0.5]), st.booleans()), min_size=1, max_size=3),
+    calibrate=st.booleans(),
+)
+def test_what_each_list_adds_sums_to_the_score(
+    lists: list[tuple[dict[str, float], float, bool]], calibrate: bool
+) -> None:
+    names: list[VectorName] = ["text", "image", "lexical"]
+    given_lists = [
+        RankedList(name, weight, ranked(name, weight, **hits).hits, complete=complete)
+        for name, (hits, weight, complete) in zip(names, lists, strict=False)
+    ]
+    for hit in fuse(given_lists, calibrate=calibrate):
+        parts = shares(given_lists, hit.product_id, calibrate=calibrate)
+        assert sum(part.contribution for part in parts) == pytest.approx(hit.score)
+        assert {part.part for part in parts if part.score is not None} == {
+            one.using for one in given_lists if hit.product_id in {each.product_id for each in one.hits}
+        }
+
+
+def test_a_list_that_cannot_judge_has_no_share() -> None:
+    pictures = RankedList("image", 0.5, [LegHit("a", 0.3), LegHit("b", 0.2)], complete=True)
+    texts = RankedList("text", 0.5, [LegHit("c", 0.9), LegHit("a", 0.8), LegHit("b", 0.7)], complete=True)
+    assert shares([pictures, texts], "c") == [Part("text", 1.0, score=0.9, calibrated=1.0, weight=1.0)]
+    seen, read = shares([pictures, texts], "a")
+    assert seen == Part("image", 0.5, score=0.3, calibrated=1.0, weight=0.5)
+    assert (read.part, read.score, read.weight) == ("text", 0.8, 0.5)
+    assert (read.calibrated, read.contribution) == pytest.approx((0.5, 0.25))
+
+
+def test_a_deeper_tier_stays_below_even_where_boosts_raised_it_above_one() -> None:
+    deeper = extend([LegHit("a", 0.4)], [LegHit("b", 2.0), LegHit("c", 1.0)], single=False)
+    assert deeper == [LegHit("a", 0.4), LegHit("b", 0.4), LegHit("c", 0.2)]

@@ -81,7 +81,7 @@ AWAY = [None, Transient("the runtime is away"), Overloaded("the queue is full")]
 async def test_auto_answers_by_words_and_says_why(error: CatalensError | None, picture: bytes | None) -> None:
     found = await searcher(error).search("default", search("auto", picture=picture))
     assert found.mode == "lexical"
-    assert [stored.product.product_id for stored, _ in found.hits] == ["p"]
+    assert [hit.stored.product.product_id for hit in found.hits] == ["p"]
     assert found.degraded is not None
     assert (str(error) if error else "did not answer within 0.01 s") in found.degraded
 

@@ -7,9 +7,10 @@ Hybrid Retrieval", 2023 (arXiv 2210.11934).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from catalens.domain import LegHit, VectorName
 
@@ -27,28 +28,63 @@ class RankedList:
     complete: bool = False
     """There is nothing beyond `hits`: a product that a dense list lacks has no such vector."""
 
-    def judges(self, product_id: str, known: Mapping[str, float]) -> bool:
+    def judges(self, *, known: bool) -> bool:
         """False where the list says nothing about a product, because it has no such picture or text."""
-        return product_id in known or not self.complete or self.using == "lexical"
+        return known or not self.complete or self.using == "lexical"
 
 
-def fuse(lists: Sequence[RankedList]) -> list[LegHit]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one list, one boost or being exactly what was asked for adds to a score; the parts of a hit sum to it."""
+
+    part: Literal["image", "text", "lexical", "boost", "exact"]
+    contribution: float
+    field: str | None = None
+    """What a boost is by."""
+    score: float | None = None
+    """A list's own, cosine or BM25; None where the list does not hold the product."""
+    calibrated: float | None = None
+    """The same from 0 to 1, as it was weighted; of a boost, its value."""
+    weight: float | None = None
+    """The list's share among those that can judge the product; of a boost, its factor."""
+
+
+def fuse(lists: Sequence[RankedList], *, calibrate: bool = False) -> list[LegHit]:
     """Return every product of `lists`, best first, ties in product_id order.
 
-    A single list keeps its own scores (cosine or BM25). Of several, each is mapped to 0…1 and the weighted mean is
-    the score: 1 is the best of every list, 0 the worst of each or absent from it. A product without a picture is
-    not held against it where that is known: the mean is over the lists that can judge it.
+    A single list keeps its own scores (cosine or BM25) unless `calibrate`. Of several, each is mapped to 0…1 and the
+    weighted mean is the score: 1 is the best of every list, 0 the worst of each or absent from it. A product without
+    a picture is not held against it where that is known: the mean is over the lists that can judge it.
     """
-    if len(lists) == 1:
+    if len(lists) == 1 and not calibrate:
         return _ordered({hit.product_id: hit.score for hit in lists[0].hits})
     calibrated = [(one, _calibrated(one)) for one in lists]
     scores: dict[str, float] = {}
     for product_id in {hit.product_id for one in lists for hit in one.hits}:
         judging = [
-            (one.weight, known.get(product_id, 0.0)) for one, known in calibrated if one.judges(product_id, known)
+            (one.weight, known.get(product_id, 0.0))
+            for one, known in calibrated
+            if one.judges(known=product_id in known)
         ]
         scores[product_id] = sum(weight * value for weight, value in judging) / sum(weight for weight, _ in judging)
     return _ordered(scores)
+
+
+def shares(lists: Sequence[RankedList], product_id: str, *, calibrate: bool = False) -> list[Part]:
+    """Return what each list that can judge the product adds to the score that `fuse` gives it.
+
+    That is its weight times what it is calibrated to; of a single list that is not calibrated, its own score.
+    """
+    scores = [next((hit.score for hit in one.hits if hit.product_id == product_id), None) for one in lists]
+    judging = [(one, score) for one, score in zip(lists, scores, strict=True) if one.judges(known=score is not None)]
+    total = sum(one.weight for one, _ in judging)
+    found = []
+    for one, score in judging:
+        value, weight = 0.0 if score is None else _calibration(one)(score), one.weight / total
+        raw = score if len(lists) == 1 and not calibrate else None
+        contribution = weight * value if raw is None else raw
+        found.append(Part(one.using, contribution, score=score, calibrated=value, weight=weight))
+    return found
 
 
 def extend(ranking: Sequence[LegHit], deeper: Sequence[LegHit], *, single: bool) -> list[LegHit]:
@@ -60,8 +96,10 @@ def extend(ranking: Sequence[LegHit], deeper: Sequence[LegHit], *, single: bool)
     if not ranking:
         return list(deeper)
     known = {hit.product_id for hit in ranking}
-    scale = 1.0 if single else ranking[-1].score
-    return [*ranking, *(LegHit(hit.product_id, hit.score * scale) for hit in deeper if hit.product_id not in known)]
+    last = ranking[-1].score
+    scale, most = (1.0, math.inf) if single else (last / max(1.0, deeper[0].score if deeper else 1.0), last)
+    fresh = (hit for hit in deeper if hit.product_id not in known)
+    return [*ranking, *(LegHit(hit.product_id, min(most, hit.score * scale)) for hit in fresh)]
 
 
 def first(ranking: Sequence[LegHit], product_id: str) -> list[LegHit]:
@@ -77,15 +115,17 @@ def own_picture(lists: Sequence[RankedList]) -> str | None:
 
 
 def _calibrated(one: RankedList) -> Mapping[str, float]:
-    if not one.hits:
-        return {}
-    best = one.hits[0].score
+    value = _calibration(one)
+    return {hit.product_id: value(hit.score) for hit in one.hits}
+
+
+def _calibration(one: RankedList) -> Callable[[float], float]:
+    """Return what maps the list's scores to 0…1."""
+    best = one.hits[0].score if one.hits else 0.0
     # BM25 has a natural zero, no word in common; a cosine has none, so the end of the list stands for it.
-    worst = 0.0 if one.using == "lexical" else one.hits[-1].score
+    worst = one.hits[-1].score if one.hits and one.using != "lexical" else 0.0
     spread = best - worst
-    if spread <= 0:
-        return {hit.product_id: 1.0 for hit in one.hits}
-    return {hit.product_id: (hit.score - worst) / spread for hit in one.hits}
+    return (lambda score: (score - worst) / spread) if spread > 0 else lambda _: 1.0
 
 
 def _ordered(scores: Mapping[str, float]) -> list[LegHit]:

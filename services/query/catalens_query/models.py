@@ -7,9 +7,18 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import ConfigDict, Field, JsonValue, StringConstraints, WithJsonSchema, model_validator
 from pydantic.config import JsonDict
 
-from catalens.domain import AttributeValue, ImageStatus, Integral, PictureText, PictureUrl, ProductId, Value
+from catalens.domain import (
+    AttributeValue,
+    ImageStatus,
+    Integral,
+    PictureText,
+    PictureUrl,
+    ProductId,
+    Value,
+)
 from catalens.openapi import ProblemDetails
-from catalens_query import filters
+from catalens_query import facets, filters
+from catalens_query.ordering import GroupBy, Sort
 from catalens_query.planner import Mode, RequestMode, Using
 
 MAX_LIMIT = 100
@@ -24,6 +33,7 @@ Weight: TypeAlias = Annotated[
 ]
 Filters: TypeAlias = Annotated[dict[str, Any], WithJsonSchema(filters.SCHEMA)]
 """Checked by filters.translate, which names each wrong key."""
+FacetName: TypeAlias = Annotated[str, StringConstraints(pattern=facets.PATTERN)]
 ResultField: TypeAlias = Literal[
     "product_id",
     "score",
@@ -79,6 +89,17 @@ class QueryTerm(Value):
     )
 
 
+class BoostInput(Value):
+    """A field that raises the score, or lowers it."""
+
+    field: Annotated[str, StringConstraints(pattern=r"^(?:stock|in_stock|price|newest|attributes\.[\s\S]{1,128})$")] = (
+        Field(description="an attribute counts where it is a number", examples=["stock", "attributes.margin"])
+    )
+    factor: Annotated[float, Field(ge=-1, le=10, allow_inf_nan=False)] = Field(
+        description="how much of the score the best in that field gains; negative: loses"
+    )
+
+
 _WANTED: JsonDict = {
     "contains": {"properties": {"weight": {"exclusiveMinimum": 0}}},
     "minItems": 1,
@@ -125,6 +146,28 @@ class SearchRequest(Value):
     )
     using: Using = Field(default="both", description="which of the products' vectors to compare with")
     filters: Filters = Field(default_factory=dict)
+    facets: Annotated[list[FacetName], Field(max_length=10)] = Field(
+        default_factory=list,
+        description="fields whose values are counted under the filters, each without its own filter: brand, category, "
+        "group_id, locale, currency, image_status, in_stock, price, stock and attributes.NAME",
+        examples=[["brand", "category", "price"]],
+    )
+    group_by: GroupBy | None = Field(
+        default=None,
+        description="one result a group: of each group_id, or of the products with the very same picture, the first",
+    )
+    sort: Sort = Field(
+        default="relevance",
+        description="by price or by version, the best 200 of each list, or all that has the words in mode lexical (the "
+        "best 2,000)",
+    )
+    boosts: Annotated[list[BoostInput], Field(max_length=8)] = Field(
+        default_factory=list, description="what raises the score besides relevance"
+    )
+    diversity: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.0, description="how much the best 200 are to differ from one another; 0: not at all"
+    )
+    explain: bool = Field(default=False, description="say of each result what its score is made of")
     limit: Limit = 10
     offset: Offset = 0
     include: Annotated[list[ResultField], Field(max_length=32)] | None = Field(
@@ -255,10 +298,54 @@ class ProductFields(Value):
     offer_version: int | None = None
 
 
+class Part(Value):
+    """What one list, one boost, or being exactly what was asked for, adds to a score."""
+
+    part: Literal["image", "text", "lexical", "boost", "exact"]
+    field: str | None = Field(default=None, description="what a boost is by; else absent")
+    score: float | None = Field(
+        default=None, description="the list's own: cosine or BM25; null if it lacks the product"
+    )
+    calibrated: float | None = Field(default=None, description="the same from 0 to 1; of a boost, its value")
+    weight: float | None = Field(default=None, description="what calibrated is multiplied by; of a boost, its factor")
+    contribution: float = Field(description="the contributions sum to the score")
+
+
 class Hit(ProductFields):
     """One result; `include` decides which fields are there beside product_id and score."""
 
     score: float = Field(description="higher is better; its meaning per mode is in docs/reference/search.md")
+    variants: int | None = Field(
+        default=None,
+        description="with group_by group_id: how many products under the filters are of its group; 1 without one",
+    )
+    explain: list[Part] | None = Field(default=None, description="if asked for: what the score is made of")
+
+
+class FacetValue(Value):
+    """A value and how many products have it."""
+
+    value: str | int | float | bool
+    count: int
+
+
+class FacetRange(Value):
+    """Numbers from `gte` to below `lt`, as a filter takes them, and how many products are there."""
+
+    gte: float
+    lt: float | None = Field(default=None, description="absent: open")
+    count: int
+
+
+class NumberFacet(Value):
+    """From where to where the numbers go, and how they are spread."""
+
+    min: float | None = Field(description="null: no product has one")
+    max: float | None
+    ranges: list[FacetRange] = Field(description="ascending, at most 6, none empty")
+
+
+Facet: TypeAlias = list[FacetValue] | NumberFacet
 
 
 class SearchAnswer(Value):
@@ -266,6 +353,13 @@ class SearchAnswer(Value):
 
     results: list[Hit]
     count: int = Field(description="length of results")
+    total: int | None = Field(
+        default=None, description="results on all pages; absent where the index was not asked that deep"
+    )
+    facets: dict[str, Facet] | None = Field(
+        default=None,
+        description="if asked for: of each field its most frequent values (at most 100), or the range of its numbers",
+    )
     model: str | None = Field(description="the model bundle's id; null without a model")
     mode: Mode = Field(description="the mode that answered")
     took_ms: float

@@ -38,6 +38,11 @@ TIERS: Final = (200, 2_000, 10_100)
 
 The last is the largest offset plus the largest limit."""
 
+SORTED: Final = 200
+"""How many of each list are sorted by price or age: every product has some cosine, so only the best can matter."""
+SORTED_LEXICAL: Final = 2_000
+"""The same of the products that have some of the words."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightedLeg:

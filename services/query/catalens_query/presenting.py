@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from pydantic_core import to_json
 
-from catalens.domain import ImageRef, Product, StoredProduct
+from catalens.domain import FacetCount, ImageRef, Product, StoredProduct
 from catalens.errors import NotFound
 from catalens.ports import BlobStore
-from catalens_query.models import Hit, ProductAnswer, ProductFields
+from catalens_query import fusion, searching
+from catalens_query.models import (
+    Facet,
+    FacetRange,
+    FacetValue,
+    Hit,
+    NumberFacet,
+    Part,
+    ProductAnswer,
+    ProductFields,
+)
+from catalens_query.searching import Numbers
 
 _COPIED: Final = frozenset(ProductFields.model_fields) - {"in_stock", "image", "image_status", "image_error"}
 _WEB: Final = ("http://", "https://")
 
 
-def hit(stored: StoredProduct, score: float, include: Collection[str] | None) -> Hit:
-    """Return a result with the fields in `include`, all of them if None; product_id and score always."""
-    fields = _fields(stored)
+def hit(found: searching.Hit, include: Collection[str] | None) -> Hit:
+    """Return a result: the fields in `include`, all if None; product_id, score and what was asked for always."""
+    fields = _fields(found.stored)
     if include is not None:
         fields = {name: value for name, value in fields.items() if name in include}
-    return Hit(**{**fields, "product_id": stored.product.product_id, "score": score})
+    if found.variants is not None:
+        fields["variants"] = found.variants
+    if found.parts is not None:
+        fields["explain"] = [_part(part) for part in found.parts]
+    return Hit(**{**fields, "product_id": found.stored.product.product_id, "score": found.score})
+
+
+def facet(counted: Sequence[FacetCount] | Numbers) -> Facet:
+    """Return what was counted of one field."""
+    if not isinstance(counted, Numbers):
+        return [FacetValue(value=value, count=count) for value, count in counted]
+    ranges = [
+        FacetRange(count=count, **{name: end for name, end in asdict(bounds).items() if end is not None})
+        for bounds, count in counted.ranges
+    ]
+    return NumberFacet(min=counted.smallest, max=counted.largest, ranges=ranges)
+
+
+def _part(part: fusion.Part) -> Part:
+    told = {name: value for name, value in asdict(part).items() if value is not None}
+    if part.part in ("image", "text", "lexical"):
+        told["score"] = part.score  # null is an answer too
+    return Part(**told)
 
 
 def product_answer(stored: StoredProduct) -> ProductAnswer:

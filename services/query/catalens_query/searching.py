@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from catalens.domain import Condition, Filter, LegHit, ProductId, SparseVector, StoredProduct
+from catalens.domain import (
+    Condition,
+    FacetCount,
+    Facts,
+    Filter,
+    LegHit,
+    NumberKey,
+    ProductId,
+    Range,
+    SparseVector,
+    StoredProduct,
+)
 from catalens.embedding import CachedEncoder, Tower
 from catalens.errors import NotFound, NotLoaded, Transient
 from catalens.lexical import query_vector
 from catalens.ports import VectorIndex
 from catalens.telemetry import Metrics, stage
-from catalens_query import fusion
+from catalens_query import facets, fusion
+from catalens_query.ordering import WINDOW, Boost, Boosts, GroupBy, Groups, Pictures, Sort, boosted, diverse, sorted_by
 from catalens_query.planner import (
     LEXICAL,
     LIKED_WORDS_SHARE,
+    SORTED,
+    SORTED_LEXICAL,
     TIERS,
     UNLIKED_SHARE,
     DenseName,
@@ -42,6 +56,8 @@ ENCODER_PATIENCE: Final = 10.0
 _PRODUCT_ID: Final[TypeAdapter[str]] = TypeAdapter(ProductId)
 _SPACES: Final[tuple[DenseName, ...]] = ("image", "text")
 _NOTHING: Final[Mapping[DenseName, Embedding | None]] = {}
+_CHUNK: Final = 500
+"""Products about which the index is asked at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +70,19 @@ class Term:
 
 Example: TypeAlias = str | bytes
 """What to be like, or unlike: the id of a product, or a picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is done to the ranking by relevance before it is cut into pages."""
+
+    sort: Sort = "relevance"
+    group_by: GroupBy | None = None
+    boosts: tuple[Boost, ...] = ()
+    diversity: float = 0.0
+
+
+_BY_RELEVANCE: Final = Order()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +99,9 @@ class Search:
     using: Using = "both"
     like: tuple[Example, ...] = ()
     unlike: tuple[Example, ...] = ()
+    order: Order = _BY_RELEVANCE
+    facets: tuple[str, ...] = ()
+    explain: bool = False
 
     @property
     def wanted(self) -> bool:
@@ -97,13 +129,77 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A page of a ranking, best first, and how it came about."""
+class Hit:
+    """A product of the page."""
 
-    hits: Sequence[tuple[StoredProduct, float]]
+    stored: StoredProduct
+    score: float
+    variants: int | None = None
+    """How many products under the filters are of its group, itself included; None if that was not asked."""
+    parts: Sequence[fusion.Part] | None = None
+    """What its score is made of; None if that was not asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A facet of numbers: from where to where they go, and how many products are in which range."""
+
+    smallest: float | None
+    largest: float | None
+    ranges: Sequence[tuple[Range, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A page of a ranking and how it came about."""
+
+    hits: Sequence[Hit]
     mode: Mode
     degraded: str | None = None
     """Why the answer is less than what was asked for."""
+    total: int | None = None
+    """How many there are on all pages; None if the index was not asked that deep."""
+    facets: Mapping[str, Sequence[FacetCount] | Numbers] | None = None
+    """What was asked to be counted."""
+
+
+@dataclass(slots=True)
+class _Ranking:
+    """A ranking, as deep as it was needed, and what it takes to explain it."""
+
+    hits: list[LegHit] = field(default_factory=list)
+    """In the order of the answer."""
+    complete: bool = False
+    """There is nothing beyond `hits`."""
+    tiers: list[Sequence[fusion.RankedList]] = field(default_factory=list)
+    tier_of: dict[str, int] = field(default_factory=dict)
+    boosts: Boosts | None = None
+    facts: dict[str, Facts] = field(default_factory=dict)
+    exact: str | None = None
+    """The product that was asked for itself."""
+
+    def explain(self, hit: LegHit) -> list[fusion.Part]:
+        """Return what the score of `hit` is made of."""
+        lists = self.tiers[self.tier_of[hit.product_id]] if self.tiers else ()
+        parts = fusion.shares(lists, hit.product_id, calibrate=self.boosts is not None)
+        base = sum(part.contribution for part in parts)
+        if self.boosts is not None:
+            known = self.facts.get(hit.product_id)
+            values = self.boosts.values(known)
+            raised = sum(boost.factor * value for boost, value in values)
+            least = -1 / raised if raised < -1 else 1.0  # no score falls below 0
+            parts += [
+                fusion.Part(
+                    "boost", base * boost.factor * value * least, boost.field, calibrated=value, weight=boost.factor
+                )
+                for boost, value in values
+            ]
+        total = sum(part.contribution for part in parts)
+        if hit.product_id == self.exact:
+            return [*parts, fusion.Part("exact", hit.score - total)]
+        # What a deeper look added was scaled below what was ranked before.
+        scale = hit.score / total if total else 1.0
+        return [replace(part, contribution=part.contribution * scale) for part in parts]
 
 
 class UnknownExample(NotFound):
@@ -156,17 +252,22 @@ class Searcher:
                 chosen, degraded = LEXICAL, f"searched by words only: {error}"
         if "lexical" in chosen.shares:
             lexical = await asyncio.to_thread(_lexical, search.words)
-        upto = search.offset + search.limit
         legs = chosen.legs(dense, lexical)
         where = replace(search.where, exclude=(*search.where.exclude, *search.products))
         by_picture = search.weight == 1 and not search.like and not search.unlike
-        ranking = await self._rank(tenant, legs, where, upto, by_picture=by_picture)
-        if "lexical" in chosen.shares and len(search.words) == 1:
-            named = search.words[0].text.strip()
-            if await self._exists(tenant, named, where):
-                ranking = fusion.first(ranking, named)
+        named = search.words[0].text.strip() if "lexical" in chosen.shares and len(search.words) == 1 else None
+        if named is not None and not await self._exists(tenant, named, where):
+            named = None
+        upto = search.offset + search.limit
+        ranking = await self._rank(tenant, legs, where, upto, search.order, by_picture=by_picture, named=named)
         self._metrics.searches.labels(chosen.mode, str(degraded is not None).lower()).inc()
-        return Found(await self._page(tenant, ranking[search.offset : upto]), chosen.mode, degraded)
+        return Found(
+            await self._page(tenant, ranking, where, search),
+            chosen.mode,
+            degraded,
+            len(ranking.hits) if ranking.complete else None,
+            await self._count(tenant, search.facets, where, legs) if search.facets else None,
+        )
 
     async def similar(
         self, tenant: str, product_id: str, using: Using, *, variants: bool, offset: int, limit: int
@@ -181,7 +282,12 @@ class Searcher:
         group = stored.product.group_id
         where = Filter(exclude=(product_id,), without_groups=() if variants or group is None else (group,))
         ranking = await self._rank(tenant, similar_legs(stored.vectors, using), where, offset + limit)
-        return Found(await self._page(tenant, ranking[offset : offset + limit]), "semantic")
+        hits = await self._load(tenant, ranking.hits[offset : offset + limit])
+        return Found(
+            [Hit(stored, hit.score) for hit, stored in hits],
+            "semantic",
+            total=len(ranking.hits) if ranking.complete else None,
+        )
 
     @property
     def _present(self) -> CachedEncoder:
@@ -231,28 +337,130 @@ class Searcher:
         return seen if read is None else blend(read, seen, search.weight)
 
     async def _rank(
-        self, tenant: str, legs: Sequence[WeightedLeg], where: Filter, upto: int, *, by_picture: bool = False
-    ) -> list[LegHit]:
+        self,
+        tenant: str,
+        legs: Sequence[WeightedLeg],
+        where: Filter,
+        upto: int,
+        order: Order = _BY_RELEVANCE,
+        *,
+        by_picture: bool = False,
+        named: str | None = None,
+    ) -> _Ranking:
         """Return at least the first `upto` places, or all there are, the same whatever `upto` is.
 
-        `by_picture`: a product whose picture is the one that is searched with comes first.
+        `by_picture`: a product whose picture is the one that is searched with comes first, as `named` does.
         """
-        ranking: list[LegHit] = []
-        for depth in TIERS if legs else ():
-            with stage(self._metrics.search_stages, "search"):
-                answers = await self._index.search(tenant, [leg.at(depth) for leg in legs], where)
+        ranking = _Ranking(complete=not legs)
+        if not legs and named is not None:
+            ranking.hits, ranking.exact = fusion.first([], named), named
+        collapse = self._collapser(tenant, order.group_by, ranking)
+        relevant: list[LegHit] = []
+        for depth in _depths(legs, order) if legs else ():
+            lists = await self._lists(tenant, legs, where, depth)
             with stage(self._metrics.search_stages, "fuse"):
-                lists = [
-                    fusion.RankedList(leg.using, leg.weight, hits, complete=len(hits) < depth)
-                    for leg, hits in zip(legs, answers, strict=True)
-                ]
-                own = fusion.own_picture(lists) if by_picture and not ranking else None
-                ranking = fusion.extend(ranking, fusion.fuse(lists), single=len(legs) == 1)
-                if own is not None:
-                    ranking = fusion.first(ranking, own)
-            if len(ranking) >= upto or all(len(hits) < depth for hits in answers):
+                found = fusion.fuse(lists, calibrate=bool(order.boosts))
+                fresh = [hit for hit in found if hit.product_id not in ranking.tier_of]
+                ranking.tier_of.update((hit.product_id, len(ranking.tiers)) for hit in fresh)
+                ranking.tiers.append(lists)
+            complete = all(one.complete for one in lists)
+            exact = None
+            if not relevant and order.sort == "relevance":
+                exact = named or (fusion.own_picture(lists) if by_picture else None)
+            if order.boosts or order.sort != "relevance" or order.group_by == "group_id":
+                names = [hit.product_id for hit in fresh]
+                await self._learn(tenant, [*names, exact] if exact else names, ranking)
+            if order.boosts:
+                ranking.boosts = ranking.boosts or Boosts(order.boosts, ranking.facts.values())
+                fresh = boosted(fresh, ranking.facts, ranking.boosts)
+            ranked = len(relevant)
+            relevant = fusion.extend(relevant, fresh, single=len(legs) == 1 and not order.boosts)
+            if exact is not None:
+                relevant, ranking.exact = fusion.first(relevant, exact), exact
+                ranking.tier_of.setdefault(exact, 0)
+            new = sorted_by(order.sort, relevant[ranked:], ranking.facts)
+            ranking.hits += await collapse(new)
+            if not ranked and order.diversity and order.sort == "relevance":
+                ranking.hits[:WINDOW] = await self._diverse(tenant, ranking.hits[:WINDOW], order.diversity)
+            if len(ranking.hits) >= upto or complete:
+                ranking.complete = complete
                 break
         return ranking
+
+    async def _lists(
+        self, tenant: str, legs: Sequence[WeightedLeg], where: Filter, depth: int
+    ) -> list[fusion.RankedList]:
+        with stage(self._metrics.search_stages, "search"):
+            answers = await self._index.search(tenant, [leg.at(depth) for leg in legs], where)
+        return [
+            fusion.RankedList(leg.using, leg.weight, hits, complete=len(hits) < depth)
+            for leg, hits in zip(legs, answers, strict=True)
+        ]
+
+    async def _learn(self, tenant: str, product_ids: Sequence[str], ranking: _Ranking) -> None:
+        """Ask the index what is known of these products, and keep it in `ranking`."""
+        with stage(self._metrics.search_stages, "load"):
+            for start in range(0, len(product_ids), _CHUNK):
+                ranking.facts.update(await self._index.facts(tenant, product_ids[start : start + _CHUNK]))
+
+    def _collapser(
+        self, tenant: str, group_by: GroupBy | None, ranking: _Ranking
+    ) -> Callable[[list[LegHit]], Awaitable[list[LegHit]]]:
+        """Return what lets one product of each group through, whatever was let through before."""
+        groups, pictures = Groups(), Pictures()
+
+        async def collapse(hits: list[LegHit]) -> list[LegHit]:
+            if group_by == "group_id":
+                return groups.first(hits, lambda name: facts.group_id if (facts := ranking.facts.get(name)) else None)
+            if group_by is None:
+                return hits
+            kept: list[LegHit] = []
+            for start in range(0, len(hits), _CHUNK):
+                some = hits[start : start + _CHUNK]
+                kept += pictures.first(some, await self._vectors(tenant, some))
+            return kept
+
+        return collapse
+
+    async def _vectors(self, tenant: str, hits: Sequence[LegHit]) -> Mapping[str, Mapping[str, Embedding]]:
+        with stage(self._metrics.search_stages, "load"):
+            stored = await self._index.get(tenant, [hit.product_id for hit in hits], with_vectors=True)
+        return {product_id: one.vectors for product_id, one in stored.items()}
+
+    async def _diverse(self, tenant: str, hits: Sequence[LegHit], diversity: float) -> list[LegHit]:
+        return await asyncio.to_thread(diverse, hits, await self._vectors(tenant, hits), diversity)
+
+    async def _count(
+        self, tenant: str, keys: Sequence[str], where: Filter, legs: Sequence[WeightedLeg]
+    ) -> Mapping[str, Sequence[FacetCount] | Numbers]:
+        """Return the facets `keys`, each over what its own filter would hide too.
+
+        Every product is near to a vector; where there are only words, what has some of them is counted.
+        """
+        matched = {among: among for among in (facets.without(where, key) for key in keys)}
+        if all(leg.using == "lexical" for leg in legs):
+            for among in matched:
+                hits = (await self._lists(tenant, legs, among, TIERS[-1]))[0].hits if legs else ()
+                these = Condition("product_id", tuple(hit.product_id for hit in hits))
+                matched[among] = replace(among, conditions=(*among.conditions, these))
+        among_of = {key: matched[facets.without(where, key)] for key in keys}
+        with stage(self._metrics.search_stages, "facets"):
+            asked = [(key, among) for key, among in among_of.items() if key not in facets.NUMBERS]
+            counts = await self._index.facet(tenant, asked, facets.MOST_VALUES) if asked else ()
+            values = dict(zip((key for key, _ in asked), counts, strict=True))
+            return {
+                key: values[key] if key in values else await self._numbers(tenant, cast("NumberKey", key), among)
+                for key, among in among_of.items()
+            }
+
+    async def _numbers(self, tenant: str, key: NumberKey, among: Filter) -> Numbers:
+        ends = await self._index.extremes(tenant, key, among)
+        if ends is None:
+            return Numbers(None, None, ())
+        ranges = facets.fine_ranges(*ends)
+        wheres = [replace(among, conditions=(*among.conditions, Condition(key, within=each))) for each in ranges]
+        counts = await self._index.count(tenant, wheres)
+        return Numbers(*ends, facets.merged(list(zip(ranges, counts, strict=True))))
 
     async def _exists(self, tenant: str, text: str, where: Filter) -> bool:
         """True when `text` is the id of a live product under the filter."""
@@ -263,11 +471,34 @@ class Searcher:
         itself = replace(where, conditions=(*where.conditions, Condition("product_id", (text,))))
         return bool(await self._index.page(tenant, after=None, limit=1, where=itself))
 
-    async def _page(self, tenant: str, hits: Sequence[LegHit]) -> list[tuple[StoredProduct, float]]:
+    async def _page(self, tenant: str, ranking: _Ranking, where: Filter, search: Search) -> list[Hit]:
+        hits = await self._load(tenant, ranking.hits[search.offset : search.offset + search.limit])
+        groups = [stored.product.group_id for _, stored in hits if search.order.group_by == "group_id"]
+        named = [group for group in groups if group is not None]
+        wheres = [replace(where, conditions=(*where.conditions, Condition("group_id", (group,)))) for group in named]
+        sizes = dict(zip(named, await self._index.count(tenant, wheres), strict=True)) if named else {}
+        return [
+            Hit(
+                stored,
+                hit.score,
+                sizes.get(stored.product.group_id or "", 1) if search.order.group_by == "group_id" else None,
+                ranking.explain(hit) if search.explain else None,
+            )
+            for hit, stored in hits
+        ]
+
+    async def _load(self, tenant: str, hits: Sequence[LegHit]) -> list[tuple[LegHit, StoredProduct]]:
         with stage(self._metrics.search_stages, "load"):
             stored = await self._index.get(tenant, [hit.product_id for hit in hits]) if hits else {}
         # Deleted since it was ranked: left out.
-        return [(stored[hit.product_id], hit.score) for hit in hits if hit.product_id in stored]
+        return [(hit, stored[hit.product_id]) for hit in hits if hit.product_id in stored]
+
+
+def _depths(legs: Sequence[WeightedLeg], order: Order) -> Sequence[int]:
+    """Return how deep the index is asked, one after the other: what is sorted must be whole, so only once."""
+    if order.sort == "relevance":
+        return TIERS
+    return (SORTED_LEXICAL if all(leg.using == "lexical" for leg in legs) else SORTED,)
 
 
 def _lexical(words: Sequence[Term]) -> SparseVector:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from catalens.domain import DEFAULT_TENANT, Filter, Leg, ModelSpec, PictureInfo, SparseVector, StoredProduct
 from catalens.embedding import CachedEncoder
-from catalens.errors import CatalensError, ForbiddenUrl, InvalidPicture, NotFound, Transient
+from catalens.errors import CatalensError, ForbiddenUrl, InvalidPicture, NoFacet, NotFound, Transient
 from catalens.events import CONSUMED, EMBEDDER_GROUP
 from catalens.measured import MeasuredImages
 from catalens.openapi import PICTURE, Content, Handler, Operation
@@ -37,9 +37,10 @@ from catalens.web import (
 )
 from catalens_query import models
 from catalens_query.filters import translate
+from catalens_query.ordering import Boost
 from catalens_query.pages import Pages, conditional, has_current
-from catalens_query.presenting import export_line, hit, product_answer
-from catalens_query.searching import Example, Found, Search, Searcher, Term, UnknownExample
+from catalens_query.presenting import export_line, facet, hit, product_answer
+from catalens_query.searching import Example, Found, Order, Search, Searcher, Term, UnknownExample
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -147,11 +148,21 @@ class QueryService:
             using=body.using,
             like=await self._examples(body.like, "like"),
             unlike=await self._examples(body.unlike, "unlike"),
+            order=Order(
+                sort=body.sort,
+                group_by=body.group_by,
+                boosts=tuple(Boost(boost.field, boost.factor) for boost in body.boosts),
+                diversity=body.diversity,
+            ),
+            facets=tuple(dict.fromkeys(body.facets)),
+            explain=body.explain,
         )
         try:
             found = await self._searcher.search(tenant, search)
         except UnknownExample as error:
             raise invalid((error.field, str(error))) from error
+        except NoFacet as error:
+            raise invalid(("facets", str(error))) from error
         return models.SearchAnswer(**self._answer(found, started, body.include))
 
     async def _search_image(self, request: web.Request) -> web.Response:
@@ -202,7 +213,7 @@ class QueryService:
         return reply(models.SearchAnswer(**self._answer(found, started)))
 
     def _answer(self, found: Found, started: float, include: Collection[str] | None = None) -> dict[str, Any]:
-        results = [hit(stored, score, include) for stored, score in found.hits]
+        results = [hit(one, include) for one in found.hits]
         answer: dict[str, Any] = {
             "results": results,
             "count": len(results),
@@ -210,6 +221,10 @@ class QueryService:
             "mode": found.mode,
             "took_ms": round((time.perf_counter() - started) * 1000, 2),
         }
+        if found.total is not None:
+            answer["total"] = found.total
+        if found.facets is not None:
+            answer["facets"] = {name: facet(counted) for name, counted in found.facets.items()}
         return answer if found.degraded is None else {**answer, "degraded": found.degraded}
 
     # --- products -------------------------------------------------------------------------------------------

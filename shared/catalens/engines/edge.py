@@ -25,6 +25,9 @@ import structlog
 
 from catalens.domain import (
     POINT_NAMESPACE,
+    FacetCount,
+    FacetKey,
+    Facts,
     Filter,
     ImageUpdate,
     IndexCounts,
@@ -32,6 +35,7 @@ from catalens.domain import (
     Leg,
     LegHit,
     ModelSpec,
+    NumberKey,
     OfferUpdate,
     PointState,
     SparseVector,
@@ -41,17 +45,21 @@ from catalens.domain import (
     point_id,
 )
 from catalens.engines.points import (
+    NUMBERS,
     content_item,
+    facet_field,
+    facet_value,
     image_item,
     offer_item,
     packed_dense,
     packed_sparse,
     plain_filter,
     point_state,
+    product_facts,
     stored_product,
     tombstone_item,
 )
-from catalens.errors import CatalensError, Misconfigured, ModelMismatch, StorageFull, Transient
+from catalens.errors import CatalensError, Misconfigured, ModelMismatch, NoFacet, StorageFull, Transient
 from catalens.retry import RetryPolicy, SystemClock, with_retries
 
 log = structlog.get_logger(__name__)
@@ -65,6 +73,7 @@ _EXIT_DEADLINE: Final = 30.0
 _ERRORS: Final[Mapping[str, type[CatalensError]]] = {
     "config": Misconfigured,
     "model": ModelMismatch,
+    "facet": NoFacet,
     "full": StorageFull,
     "transient": Transient,
 }
@@ -129,6 +138,36 @@ class EdgeIndex:
         points = [point_id(tenant, product_id).bytes for product_id in dict.fromkeys(product_ids)]
         found = await self._call("get", points, with_vectors)
         return {payload["product_id"]: stored_product(payload) for payload in found}
+
+    async def facts(self, tenant: str, product_ids: Sequence[str]) -> Mapping[str, Facts]:
+        """See the port."""
+        points = [point_id(tenant, product_id).bytes for product_id in dict.fromkeys(product_ids)]
+        found = await self._call("facts", points)
+        return {payload["product_id"]: product_facts(payload) for payload in found}
+
+    async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
+        """See the port."""
+        counts: list[int] = await self._call("count", tenant, [plain_filter(tenant, where) for where in wheres])
+        return counts
+
+    async def facet(
+        self, tenant: str, asked: Sequence[tuple[FacetKey, Filter]], limit: int
+    ) -> Sequence[Sequence[FacetCount]]:
+        """See the port."""
+        wheres = list(dict.fromkeys(where for _, where in asked))  # few, and one may name thousands of products
+        plain = [(facet_field(key), wheres.index(where)) for key, where in asked]
+        answer = await self._call("facet", tenant, [plain_filter(tenant, where) for where in wheres], plain, limit)
+        return [
+            [(facet_value(key, value), count) for value, count in counts]
+            for (key, _), counts in zip(asked, answer, strict=True)
+        ]
+
+    async def extremes(self, tenant: str, key: NumberKey, where: Filter) -> tuple[float, float] | None:
+        """See the port."""
+        found: tuple[float, float] | None = await self._call(
+            "extremes", tenant, NUMBERS[key], plain_filter(tenant, where)
+        )
+        return found
 
     async def page(self, tenant: str, *, after: str | None, limit: int, where: Filter) -> Sequence[StoredProduct]:
         """See the port."""

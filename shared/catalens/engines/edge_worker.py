@@ -44,8 +44,10 @@ else:
     _spec.loader.exec_module(rules)
     Draft = rules.Draft
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of the folder's layout; a release that changes it upgrades the folder or says what to do."""
+WITHOUT_FACETS: Final = 1
+"""The format before: read and written as ever, but what was stored in it has no fields to count."""
 LENGTH: Final = struct.Struct("<Q")
 FLUSH_EVERY: Final = 5.0
 """Seconds that a write may wait for its fsync; kill -9 costs nothing, power loss at most this."""
@@ -55,6 +57,10 @@ LOCK_PATIENCE: Final = 3.0
 """Seconds to wait for the folder: the child of a killed process needs a moment to see its end."""
 MAX_NUMBER_INDEXES: Final = 64
 """Numeric attributes that get an index of their own; what is asked beyond is scanned."""
+MAX_FACET_INDEXES: Final = 64
+"""Fields whose values can be counted."""
+MAX_FACET_KEYS: Final = 1000
+"""Fields of which it is remembered that some product has them: no index is made for what nobody has."""
 MARKER: Final = UUID(int=0)
 """The point that counts write batches; compared at start with the count that was acknowledged."""
 
@@ -63,6 +69,7 @@ MARKER: Final = UUID(int=0)
 _INDEXES: Final[Mapping[str, edge.PayloadSchemaType]] = {
     "terms": edge.PayloadSchemaType.Keyword,
     "tenant": edge.PayloadSchemaType.Keyword,
+    "state": edge.PayloadSchemaType.Keyword,
     "blobs": edge.PayloadSchemaType.Keyword,
     "image_status": edge.PayloadSchemaType.Keyword,
     "in_stock": edge.PayloadSchemaType.Integer,
@@ -149,10 +156,11 @@ class Store:
         self._folder = folder
         self._namespace = UUID(bytes=namespace)
         self._lock = _lock(folder)
-        _check_meta(folder / "meta.json", spec)
+        self._format = _check_meta(folder / "meta.json", spec)
         self._shard = _open_shard(folder / "shard", int(spec["dimension"]))
         self._indexed = set(self._shard.info().payload_schema)
         self._numbers: set[str] = set()
+        self._facets: set[str] = set()
         self._sequence = 0
         self.directory = Directory(self._scan())
         self._acknowledged = os.open(folder / "acknowledged", os.O_RDWR | os.O_CREAT, 0o644)
@@ -205,7 +213,10 @@ class Store:
             for point, draft in changed.items()
         ]
         self._sequence += 1
-        points.append(edge.Point(MARKER, {}, {"sequence": self._sequence}))
+        for draft in changed.values():
+            new = draft.payload.get("facets", {}).keys() - self._facets
+            self._facets.update(sorted(new)[: MAX_FACET_KEYS - len(self._facets)])
+        points.append(edge.Point(MARKER, {}, {"sequence": self._sequence, "facet_keys": sorted(self._facets)}))
         self._shard.update(edge.UpdateOperation.upsert_points(points))
         os.pwrite(self._acknowledged, self._sequence.to_bytes(8, "little"), 0)
         for point, draft in changed.items():
@@ -254,6 +265,58 @@ class Store:
         """Return the live ones among `points`: payloads, vectors as bytes under "vectors"."""
         ids = [UUID(bytes=point) for point in points]
         return self._live(ids, with_vectors=with_vectors)
+
+    def facts(self, points: Sequence[bytes]) -> list[Payload]:
+        """Return what a ranking needs to know of the live ones among `points`."""
+        return self._live([UUID(bytes=point) for point in points], payload=["product_id", "version", "offer", "doc"])
+
+    def count(self, tenant: str, wheres: Sequence[Plain]) -> list[int]:
+        """Return how many live points there are under each filter."""
+        return [self._count(tenant, where) for where in wheres]
+
+    def _count(self, tenant: str, where: Plain) -> int:
+        if where == ([], []):
+            return self.directory.tenants[tenant].states["live"] if tenant in self.directory.tenants else 0
+        return int(self._shard.count(edge.CountRequest(exact=True, filter=self._living(tenant, where))))
+
+    def facet(
+        self, tenant: str, wheres: Sequence[Plain], asked: Sequence[tuple[str, int]], limit: int
+    ) -> list[list[tuple[Any, int]]]:
+        """Return, per payload key, its most frequent values under the filter of that number, and how many have each."""
+        # Only live products have what is under `facets`; offers and flags are kept of deleted ones too.
+        live = [self._filter(where, self._only(tenant)) for where in wheres]
+        living = [self._living(tenant, where) for where in wheres]
+        return [
+            self._counted(key, live[number] if key.startswith("facets.") else living[number], limit)
+            for key, number in asked
+        ]
+
+    def _counted(self, key: str, condition: edge.Filter | None, limit: int) -> list[tuple[Any, int]]:
+        name = key.removeprefix("facets.")
+        if name != key:
+            if self._format == WITHOUT_FACETS:
+                raise Refusal("facet", f"this index was made before values could be counted: {WAY_OUT}")
+            if name not in self._facets:
+                return []
+            indexed = sum(each.startswith("facets.") for each in self._indexed)
+            if key not in self._indexed and indexed >= MAX_FACET_INDEXES:
+                raise Refusal("facet", f"{MAX_FACET_INDEXES} other fields are counted already, and that is the most")
+        self._index(key)
+        hits = self._shard.facet(edge.FacetRequest(key, limit=limit, filter=condition)).hits
+        return [(hit.value, hit.count) for hit in hits]
+
+    def extremes(self, tenant: str, key: str, where: Plain) -> tuple[float, float] | None:
+        """Return the smallest and the largest number of `key` under the filter."""
+        self._index(key)
+        ends = []
+        for direction in (edge.Direction.Asc, edge.Direction.Desc):
+            order = edge.OrderBy(key, direction)
+            request = edge.ScrollRequest(
+                limit=1, filter=self._living(tenant, where), with_payload=["offer"], order_by=order
+            )
+            ends += [(record.payload or {})["offer"] for record in self._shard.scroll(request)[0]]
+        name = key.removeprefix("offer.")
+        return (float(ends[0][name]), float(ends[1][name])) if ends else None
 
     def page(self, tenant: str, after: str | None, limit: int, where: Plain) -> list[Payload]:
         """Return live payloads in id order."""
@@ -322,12 +385,14 @@ class Store:
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    def _live(self, ids: Sequence[UUID], *, with_vectors: bool) -> list[Payload]:
+    def _live(
+        self, ids: Sequence[UUID], *, with_vectors: bool = False, payload: bool | list[str] = True
+    ) -> list[Payload]:
         entries = self.directory.entries
         live = [point for point in ids if point in entries and entries[point].state == "live"]
         found: dict[UUID, Payload] = {}
         wanted = ["image", "text"] if with_vectors else False
-        for record in self._shard.retrieve(list(live), True, wanted) if live else ():
+        for record in self._shard.retrieve(list(live), payload, wanted) if live else ():
             found[_uuid(record.id)] = _with_vectors(record, with_vectors)
         return [found[point] for point in live]
 
@@ -338,6 +403,10 @@ class Store:
         """Return the condition that keeps tenants apart; none is needed, nor paid for, while there is but one."""
         others = any(name != tenant and view.live for name, view in self.directory.tenants.items())
         return [self._condition("tenant", match=edge.MatchAny([tenant]))] if others else []
+
+    def _living(self, tenant: str, where: Plain) -> edge.Filter:
+        live = self._condition("state", match=edge.MatchAny(["live"]))
+        return self._filter(where, [*self._only(tenant), live]) or edge.Filter()
 
     def _filter(self, where: Plain, base: Sequence[Any]) -> edge.Filter | None:
         clauses, none_of = where
@@ -356,18 +425,22 @@ class Store:
 
     def _condition(self, key: str, match: Any = None, bounds: Any = None) -> Any:
         """Return a condition on `key`, which has an index from now on if any product can have the key."""
-        if key not in self._indexed and (key in _INDEXES or self._deserves_index(key)):
-            schema = _INDEXES.get(key, edge.PayloadSchemaType.Float)
-            self._shard.update(edge.UpdateOperation.create_field_index(key, schema))
-            self._indexed.add(key)
+        if key in _INDEXES or self._deserves_index(key):
+            self._index(key)
         return edge.FieldCondition(key, match=match, range=bounds)
+
+    def _index(self, key: str) -> None:
+        if key not in self._indexed:
+            other = edge.PayloadSchemaType.Keyword if key.startswith("facets.") else edge.PayloadSchemaType.Float
+            self._shard.update(edge.UpdateOperation.create_field_index(key, _INDEXES.get(key, other)))
+            self._indexed.add(key)
 
     def _deserves_index(self, key: str) -> bool:
         known = key.removeprefix("numbers.") in self._numbers
         return known and sum(name.startswith("numbers.") for name in self._indexed) < MAX_NUMBER_INDEXES
 
     def _scan(self) -> Iterable[tuple[UUID, Entry]]:
-        fields = ["tenant", "product_id", "state", "image_status", "indexed_at", "numbers", "sequence"]
+        fields = ["tenant", "product_id", "state", "image_status", "indexed_at", "numbers", "sequence", "facet_keys"]
         offset: Any = None
         while True:
             records, offset = self._shard.scroll(
@@ -377,6 +450,7 @@ class Store:
                 payload = record.payload or {}
                 if _uuid(record.id) == MARKER:
                     self._sequence = int(payload["sequence"])
+                    self._facets.update(payload.get("facet_keys", ()))
                 else:
                     self._numbers.update(payload.get("numbers", ()))
                     yield _uuid(record.id), _entry(payload)
@@ -447,19 +521,20 @@ def _lock(folder: Path) -> int:
 WAY_OUT: Final = "make a new one of the event log by `catalens reindex --rebuild`"
 
 
-def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
+def _check_meta(path: Path, spec: Mapping[str, Any]) -> int:
+    """Return the folder's format, the newest if it is new; Refusal where it cannot be read."""
     if not path.exists():
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps({"format": FORMAT, "model": dict(spec)}, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
-        return
+        return FORMAT
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        version, model = meta["format"], meta["model"]
+        version, model = int(meta["format"]), meta["model"]
         fingerprint, name = model["fingerprint"], f"{model['id']} ({model['revision']})"
     except (ValueError, KeyError, TypeError) as error:
         raise Refusal("config", f"{path} is damaged ({error!r}): {WAY_OUT}") from error
-    if version != FORMAT:
+    if version not in (WITHOUT_FACETS, FORMAT):
         raise Refusal(
             "config",
             f"the index in {path.parent} has format {version}, this release reads {FORMAT}: {WAY_OUT}",
@@ -471,6 +546,7 @@ def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
             f"{spec['id']} ({spec['revision']}), fingerprint {spec['fingerprint']}: "
             f"set CATALENS_MODEL back, or change the model by `catalens reindex --model NAME`",
         )
+    return version
 
 
 def _open_shard(folder: Path, dimension: int) -> edge.EdgeShard:

@@ -12,6 +12,8 @@ from pydantic_core import from_json
 
 from catalens.domain import (
     Condition,
+    FacetKey,
+    Facts,
     Filter,
     ImageUpdate,
     IndexDocument,
@@ -38,7 +40,8 @@ _TERMS: Final = frozenset({"brand", "group_id", "locale"})
 """Fields that are stored as terms, as attributes are: one payload index serves them all."""
 _KEYWORDS: Final = {"currency": "offer.currency", "image_status": "image_status"}
 """Fields that change without the content, each with an index of its own."""
-_NUMBERS: Final = {"price": "offer.price", "stock": "offer.stock"}
+NUMBERS: Final = {"price": "offer.price", "stock": "offer.stock"}
+"""The numbers of an offer and where a payload has them."""
 
 Primitive: TypeAlias = tuple[str, str, Any]
 """("any", payload key, values) · ("range", payload key, (gte, gt, lte, lt)) · ("points", "", point ids)."""
@@ -64,6 +67,7 @@ def content_item(document: IndexDocument, dimension: int) -> Item:
         "fields": _present(
             doc=product.model_dump_json(exclude_unset=True, exclude={*_OFFER_FIELDS, "version"}),
             terms=terms_of(product),
+            facets=facets_of(product),
             numbers={
                 number_key(key): float(value)
                 for key, value in product.attributes.items()
@@ -114,12 +118,42 @@ def packed_sparse(vector: SparseVector) -> tuple[bytes, bytes]:
 
 def terms_of(product: Product) -> list[str]:
     """Return everything that the product can be filtered by for equality, one keyword each."""
-    found = [_term(key, value) for key in sorted(_TERMS) if (value := getattr(product, key)) is not None]
-    found += [_term("category", path) for path in category_prefixes(product.category)]
-    for name, value in product.attributes.items():
-        members: Sequence[Scalar] = value if isinstance(value, list) else [value]
-        found += [_term(f"attributes.{name}", member) for member in members]
-    return found
+    return [_term(key, value) for key, value in _values(product)]
+
+
+def _values(product: Product) -> Iterator[tuple[str, Scalar]]:
+    for key in sorted(_TERMS):
+        if (value := getattr(product, key)) is not None:
+            yield key, value
+    for path in category_prefixes(product.category):
+        yield "category", path
+    for name, stated in product.attributes.items():
+        members: Sequence[Scalar] = stated if isinstance(stated, list) else [stated]
+        for member in members:
+            yield f"attributes.{name}", member
+
+
+def facet_field(key: FacetKey) -> str:
+    """Return the payload key whose index counts the facet `key`."""
+    if key in _KEYWORDS:
+        return _KEYWORDS[key]
+    return key if key == "in_stock" else f"facets.{number_key(key)}"
+
+
+def facet_value(key: FacetKey, stored: str | int) -> Scalar:
+    """Return a value as the index counted it, as the product has it."""
+    if isinstance(stored, int):  # of in_stock, the one flag that is counted
+        return bool(stored)
+    value: Scalar = stored if key in _KEYWORDS else json.loads(stored)
+    return value
+
+
+def facets_of(product: Product) -> dict[str, list[str]]:
+    """Return the values of each field apart, as JSON: an engine counts what is in a field, not what begins alike."""
+    found: dict[str, dict[str, None]] = {}
+    for key, value in _values(product):
+        found.setdefault(number_key(key), {})[_json(value)] = None
+    return {key: list(values) for key, values in found.items()}
 
 
 def number_key(name: str) -> str:
@@ -127,11 +161,19 @@ def number_key(name: str) -> str:
     return "n" + blake2b(name.encode(), digest_size=8).hexdigest()
 
 
+FACETS: Final = frozenset(facet_field(key) for key in (*_TERMS, "category"))
+"""The payload keys of the facets that every product may have."""
+
+
 def _term(key: str, value: Scalar) -> str:
     """Return a filter key and value as one keyword. 12 and 12.0 are one value; 12, "12" and true are three."""
+    return f"[{_json(key)},{_json(value)}]"
+
+
+def _json(value: Scalar) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return json.dumps([key, value], ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _identity(tenant: str, product_id: str) -> Item:
@@ -171,6 +213,22 @@ def stored_product(payload: Mapping[str, Any]) -> StoredProduct:
         image_error=payload.get("image_error"),
         indexed_at=payload["indexed_at"],
         vectors=_vectors(payload),
+    )
+
+
+def product_facts(payload: Mapping[str, Any]) -> Facts:
+    """Return what a ranking needs of a live point, of its `version`, `offer` and `doc`."""
+    doc, offer = from_json(payload["doc"]), payload["offer"]
+    return Facts(
+        version=payload["version"],
+        price=offer.get("price"),
+        stock=offer.get("stock"),
+        group_id=doc.get("group_id"),
+        numbers={
+            name: value
+            for name, value in doc.get("attributes", {}).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        },
     )
 
 
@@ -236,14 +294,14 @@ def _clause(tenant: str, condition: Condition) -> list[Primitive]:
     if key == "in_stock":
         # Flags are stored as 0 and 1: the embedded engine matches no boolean, and says nothing.
         return [("any", "in_stock", [int(value) for value in values if isinstance(value, bool)])]
-    if key in _NUMBERS:
+    if key in NUMBERS:
         equal = [
             Range(gte=value, lte=value)
             for value in values
             if isinstance(value, int | float) and not isinstance(value, bool)
         ]
         ranges = [*equal, *([within] if within else [])]
-        return [_range(_NUMBERS[key], bounds) for bounds in ranges] or [_points(tenant, ())]
+        return [_range(NUMBERS[key], bounds) for bounds in ranges] or [_points(tenant, ())]
     name = key.removeprefix("attributes.")
     if name == key or not name:
         raise ValueError(f"no filter is known for {key!r}")

@@ -9,7 +9,7 @@ returned was applied by as many replicas as `write_consistency` says and is in t
 
 Strict mode: every filter is on an indexed field. A stricter server must allow `filter_max_conditions` ≥ 32,
 `condition_max_size` ≥ 256, `max_query_limit` ≥ the largest limit asked for, `upsert_max_batchsize` ≥ 256,
-`search_max_oversampling` ≥ 2, `max_payload_index_count` ≥ 96 and rate limits above the pipeline's; what it refuses
+`search_max_oversampling` ≥ 2, `max_payload_index_count` ≥ 160 and rate limits above the pipeline's; what it refuses
 raises Misconfigured with its words. A range on a numeric attribute beyond the first 64 of a collection is scanned, and
 strict mode refuses that.
 
@@ -35,6 +35,9 @@ import structlog
 from qdrant_client import grpc as pb
 
 from catalens.domain import (
+    FacetCount,
+    FacetKey,
+    Facts,
     Filter,
     ImageUpdate,
     IndexCounts,
@@ -43,6 +46,7 @@ from catalens.domain import (
     Leg,
     LegHit,
     ModelSpec,
+    NumberKey,
     OfferUpdate,
     PointState,
     SparseVector,
@@ -53,14 +57,19 @@ from catalens.domain import (
 )
 from catalens.engines import fitting, rules
 from catalens.engines.points import (
+    FACETS,
+    NUMBERS,
     Item,
     content_item,
+    facet_field,
+    facet_value,
     image_item,
     offer_item,
     packed_dense,
     packed_sparse,
     plain_filter,
     point_state,
+    product_facts,
     stored_product,
     tombstone_item,
 )
@@ -87,15 +96,17 @@ from catalens.engines.qdrant_wire import (
     to_vectors,
     within,
 )
-from catalens.errors import Conflict, Misconfigured, Transient
+from catalens.errors import Conflict, Misconfigured, NoFacet, Transient
 
 if TYPE_CHECKING:
     from catalens.settings import QdrantSettings
 
 log = structlog.get_logger(__name__)
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of a collection's layout; a release that changes it makes another collection of it."""
+WITHOUT_FACETS: Final = 1
+"""The layout before: read and written as ever, but what was stored in it has no fields to count."""
 BATCH: Final = 256
 """Points of one request at most."""
 BATCH_BYTES: Final = 3 * 1024 * 1024
@@ -108,18 +119,23 @@ TRAIL: Final = 8
 """Earlier etags that a point remembers, so that who was replaced at once still learns that his write was applied."""
 MAX_NUMBER_INDEXES: Final = 64
 """Numeric attributes that get an index of their own; what is asked beyond is scanned."""
+MAX_FACET_INDEXES: Final = 64
+"""Attributes whose values can be counted: the first ones that came."""
 OVERSAMPLING: Final = 2.0
 """Candidates per hit that quantised vectors bring up and original vectors decide."""
 TENANTS_KNOWN: Final = 30.0
 """Seconds that it may take until a search notices that another process wrote the first product of a second tenant."""
 
-_RULE_FIELDS: Final = all_but("doc", "terms", "numbers", "blobs", "order")
+_RULE_FIELDS: Final = all_but("doc", "terms", "facets", "numbers", "blobs", "order")
 """What the rules read: what only reads need is large, and is written, never read, by a write."""
 _STORED_FIELDS: Final = fields(
     *("tenant", "product_id", "state", "version", "offer", "doc", "image_status", "image_error", "indexed_at")
 )
-_EXPORTED_FIELDS: Final = all_but("terms", "numbers", "blobs", "order", "etag")
+_FACT_FIELDS: Final = fields("product_id", "state", "version", "offer", "doc")
+_EXPORTED_FIELDS: Final = all_but("terms", "facets", "numbers", "blobs", "order", "etag")
 _Conditions: TypeAlias = tuple[list[Message], list[Message]]
+_MANY: Final = ("numbers", "facets")
+"""Payload keys that hold as many fields as the catalogue has attributes: not all of these are indexed."""
 _NEVER: Final = "-"
 """An etag that no point has."""
 
@@ -156,7 +172,7 @@ def _index_of(key: str) -> tuple[pb.FieldType.ValueType, pb.PayloadIndexParams |
     if key == "tenant":
         params = pb.PayloadIndexParams(keyword_index_params=pb.KeywordIndexParams(is_tenant=True))
         return pb.FieldType.FieldTypeKeyword, params
-    if key in ("etag", "blobs"):
+    if key in ("etag", "blobs") or key.startswith("facets."):
         keyword = pb.KeywordIndexParams(enable_hnsw=False, memory=cold)
         return pb.FieldType.FieldTypeKeyword, pb.PayloadIndexParams(keyword_index_params=keyword)
     if key.startswith("order."):
@@ -204,6 +220,7 @@ class QdrantIndex:
     """A VectorIndex in one collection of a Qdrant server, for any number of processes at a time."""
 
     def __init__(self, connection: Connection, name: str, spec: ModelSpec, info: Message) -> None:
+        self._format: int = _about(info)["format"]
         self._connection = connection
         self._name = name
         self._spec = spec
@@ -239,7 +256,7 @@ class QdrantIndex:
     async def upsert(self, documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
         """See the port."""
         items = [content_item(document, self._spec.dimension) for document in documents]
-        keys = {f"numbers.{key}" for item in items for key in item["fields"].get("numbers", ())}
+        keys = {f"{kind}.{key}" for item in items for kind in _MANY for key in item["fields"].get(kind, ())}
         return await self._write(items, rules.put_content, keys)
 
     async def update_images(self, updates: Sequence[ImageUpdate]) -> Sequence[WriteOutcome]:
@@ -401,6 +418,60 @@ class QdrantIndex:
             if payload["state"] == "live"
         }
 
+    async def facts(self, tenant: str, product_ids: Sequence[str]) -> Mapping[str, Facts]:
+        """See the port."""
+        points = [point_id(tenant, product_id).bytes for product_id in dict.fromkeys(product_ids)]
+        payloads = [from_payload(record.payload) for record in await self._retrieve(points, _FACT_FIELDS)]
+        return {payload["product_id"]: product_facts(payload) for payload in payloads if payload["state"] == "live"}
+
+    async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
+        """See the port."""
+        conditions = [await self._conditions(tenant, where) for where in wheres]
+        return await side_by_side(self._count(pb.Filter(must=must, must_not=none)) for must, none in conditions)
+
+    async def facet(
+        self, tenant: str, asked: Sequence[tuple[FacetKey, Filter]], limit: int
+    ) -> Sequence[Sequence[FacetCount]]:
+        """See the port. While the server moves points between its segments, a count may be a few off."""
+        conditions = {where: await self._conditions(tenant, where) for where in {where for _, where in asked}}
+        filters = {where: pb.Filter(must=must, must_not=must_not) for where, (must, must_not) in conditions.items()}
+        return await side_by_side(self._facet(key, filters[where], limit) for key, where in asked)
+
+    async def _facet(self, key: FacetKey, condition: Message, limit: int) -> list[FacetCount]:
+        path = facet_field(key)
+        if path.startswith("facets."):
+            if self._format == WITHOUT_FACETS:
+                raise NoFacet(
+                    "this index was made before values could be counted: make a new one of the event log by "
+                    "`catalens reindex --rebuild`"
+                )
+            if path not in self._indexed:
+                await self._refresh()
+            if path not in self._indexed:
+                if path not in FACETS and self._all_indexed("facets"):
+                    raise NoFacet(f"{MAX_FACET_INDEXES} other attributes are counted, and that is the most")
+                return []
+        request = pb.FacetCounts(collection_name=self._name, key=path, filter=condition, limit=limit)
+        hits = (await self._call(self._connection.points.Facet, request)).hits
+        return [(facet_value(key, getattr(hit.value, hit.value.WhichOneof("variant"))), hit.count) for hit in hits]
+
+    async def extremes(self, tenant: str, key: NumberKey, where: Filter) -> tuple[float, float] | None:
+        """See the port."""
+        must, must_not = await self._conditions(tenant, where)
+        requests = [
+            pb.ScrollPoints(
+                collection_name=self._name,
+                filter=pb.Filter(must=must, must_not=must_not),
+                limit=1,
+                with_payload=fields("offer"),
+                order_by=pb.OrderBy(key=NUMBERS[key], direction=direction),
+            )
+            for direction in (pb.Direction.Asc, pb.Direction.Desc)
+        ]
+        answers = await side_by_side(self._call(self._connection.points.Scroll, request) for request in requests)
+        ends = [float(from_payload(record.payload)["offer"][key]) for answer in answers for record in answer.result]
+        return (ends[0], ends[1]) if len(ends) == len(requests) else None
+
     async def page(self, tenant: str, *, after: str | None, limit: int, where: Filter) -> Sequence[StoredProduct]:
         """See the port. Two round trips, and one more for each 8 characters that all ids of the first page share."""
         base = await self._conditions(tenant, where)
@@ -552,7 +623,7 @@ class QdrantIndex:
         if not asked <= self._indexed:
             await self._refresh()
         # Every numeric attribute has an index until there are too many: what has none, nobody has.
-        unknown = asked - self._indexed if self._number_indexes() < MAX_NUMBER_INDEXES else set()
+        unknown = set() if self._all_indexed("numbers") else asked - self._indexed
         known = [[each for each in primitives if each[1] not in unknown] for primitives in clauses]
         must = [any_of("tenant", [tenant]), any_of("state", ["live"]), *(clause(each) for each in known)]
         return must, [primitive(*each) for each in none_of]
@@ -587,8 +658,9 @@ class QdrantIndex:
                 return
             await self._refresh()
             for key in sorted(keys - self._indexed - self._scanned):
-                if key.startswith("numbers.") and self._number_indexes() >= MAX_NUMBER_INDEXES:
-                    log.warning("index.number_not_indexed", key=key, most=MAX_NUMBER_INDEXES)
+                kind = key.partition(".")[0]
+                if key not in FACETS and self._all_indexed(kind):
+                    log.warning("index.field_not_indexed", key=key)
                     self._scanned.add(key)
                     continue
                 await _create_index(self._connection, self._name, key)
@@ -599,8 +671,10 @@ class QdrantIndex:
                 await _set_metadata(self._connection, self._name, {f"tenant:{tenant}": True for tenant in new})
                 self._tenants |= set(new)
 
-    def _number_indexes(self) -> int:
-        return sum(key.startswith("numbers.") for key in self._indexed)
+    def _all_indexed(self, kind: str) -> bool:
+        """Return whether no further field of that kind gets an index."""
+        most = {"numbers": MAX_NUMBER_INDEXES, "facets": MAX_FACET_INDEXES + len(FACETS & self._indexed)}.get(kind)
+        return most is not None and sum(key.startswith(f"{kind}.") for key in self._indexed) >= most
 
 
 def _ended(payload: Mapping[str, Any] | None, tried: Mapping[str, list[WriteOutcome]]) -> list[WriteOutcome] | None:
@@ -659,6 +733,12 @@ def _payload(record: Message) -> dict[str, Any]:
     if record.HasField("vectors"):
         payload["vectors"] = from_vectors(record.vectors)
     return payload
+
+
+def _about(info: Message) -> dict[str, Any]:
+    """Return what a collection of Catalens says of itself."""
+    about: dict[str, Any] = json.loads(info.config.metadata["catalens"].string_value)
+    return about
 
 
 def _tenants(info: Message) -> set[str]:
@@ -786,8 +866,8 @@ class QdrantIndexes:
             raise Misconfigured(
                 f"the collection {name} is not of Catalens: set CATALENS_QDRANT__COLLECTION to another name"
             )
-        about = json.loads(stored["catalens"].string_value)
-        if about["format"] != FORMAT:
+        about = _about(described)
+        if about["format"] not in (WITHOUT_FACETS, FORMAT):
             raise Misconfigured(
                 f"the collection {name} has format {about['format']}, this release reads {FORMAT}: "
                 "make it again by catalens reindex --rebuild"

@@ -1,0 +1,358 @@
+"""What a storefront does to a ranking, over HTTP on the real engines: explain, sort, group, boost, diversify, count."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests import naive
+from tests.shop import Shop, open_shop, picture
+
+from catalens.domain import Condition, Filter, Product, Range
+from catalens_query import searching
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+COLORS = {"red": (220, 10, 10), "blue": (10, 10, 220), "green": (10, 160, 10)}
+KINDS = ("shirt", "shoe", "towel")
+
+
+def _product(number: int) -> Product:
+    color = list(COLORS)[number % 3]
+    return Product(
+        product_id=f"p{number:02}",
+        name=f"{color} {KINDS[number // 3 % 3]} {number}",
+        brand=("Velo", "Linea", None)[number % 5 % 3],
+        category=("Sport", "Sport > Shoes", "Home", None)[number % 4],
+        price=None if number % 7 == 0 else float(number * 11 % 60),
+        stock=None if number % 6 == 0 else number % 4,
+        group_id=f"g{number % 9}" if number % 2 else None,
+        attributes={"color": color, "margin": number * 5 % 17, "size": [str(number % 3), str(number % 5)]},
+        version=1000 + number * 29 % 48,
+        offer_version=1,
+    )
+
+
+PRODUCTS = [_product(number) for number in range(48)]
+BY_ID = {product.product_id: product for product in PRODUCTS}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
+    """A shop with PRODUCTS; two thirds have a picture, and some of these are the same."""
+    async with open_shop(tmp_path_factory.mktemp("shop") / "data") as opened:
+        for number, product in enumerate(PRODUCTS):
+            red, green, blue = COLORS[str(product.attributes["color"])]
+            shade = number // 6 * 6  # so that each is the picture of two products
+            pictures = [] if number % 3 == 2 else [picture(red, min(255, green + shade), blue)]
+            await opened.put(product, *pictures)
+        yield opened
+
+
+async def ranking(shop: Shop, **body: Any) -> list[dict[str, Any]]:
+    """Return all results of a search."""
+    answer = await shop.search(**{"query": "red shirt", **body, "limit": 100})
+    assert answer["count"] == len(answer["results"])
+    found: list[dict[str, Any]] = answer["results"]
+    return found
+
+
+def ids(results: list[dict[str, Any]]) -> list[str]:
+    return [result["product_id"] for result in results]
+
+
+async def refused(shop: Shop, field: str, **body: Any) -> None:
+    answer = await shop.call("POST", "/api/v1/search", json={"query": "red", **body})
+    assert answer.status == 422, answer.body
+    assert field in [error["field"] for error in answer.json["errors"]], answer.json
+
+
+# --- pages ----------------------------------------------------------------------------------------------------
+
+FILTERS: dict[str, Any] = {
+    "brand": "Velo",
+    "category": "Sport",
+    "price": {"gte": 10, "lt": 45},
+    "in_stock": True,
+    "attributes.color": ["red", "blue"],
+}
+requests = st.fixed_dictionaries(
+    {
+        "query": st.sampled_from(
+            ["red shirt", "shoe", "velo", "p07", [{"text": "green"}, {"text": "towel", "weight": -0.5}]]
+        )
+    },
+    optional={
+        "mode": st.sampled_from(["auto", "semantic", "lexical"]),
+        "using": st.sampled_from(["image", "text"]),
+        "sort": st.sampled_from(["price_asc", "price_desc", "newest"]),
+        "group_by": st.sampled_from(["group_id", "image"]),
+        "boosts": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "field": st.sampled_from(["stock", "in_stock", "price", "newest", "attributes.margin"]),
+                    "factor": st.sampled_from([-1, -0.3, 0.2, 2]),
+                }
+            ),
+            max_size=3,
+        ),
+        "diversity": st.sampled_from([0.0, 0.3, 1.0]),
+        "filters": st.sets(st.sampled_from(sorted(FILTERS)), max_size=2).map(
+            lambda keys: {key: FILTERS[key] for key in sorted(keys)}
+        ),
+    },
+)
+
+
+def where(filters: dict[str, Any]) -> Filter:
+    return Filter(
+        tuple(
+            Condition(key, within=Range(**value))
+            if isinstance(value, dict)
+            else Condition(key, tuple(value) if isinstance(value, list) else (value,))
+            for key, value in filters.items()
+        )
+    )
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=requests, size=st.integers(6, 15))
+async def test_pages_neither_repeat_nor_skip_and_scores_are_explained(
+    shop: Shop, body: dict[str, Any], size: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # a catalogue much larger than what is looked at first
+        patch.setattr(searching, "TIERS", (7, 20, 10_100))
+        patch.setattr(searching, "SORTED", 20)
+        patch.setattr(searching, "WINDOW", 10)
+        whole = await ranking(shop, **body, explain=True)
+        paged: list[dict[str, Any]] = []
+        for offset in range(0, len(whole) + size, size):
+            answer = await shop.search(**body, explain=True, limit=size, offset=offset)
+            assert answer.get("total", len(whole)) == len(whole)
+            paged += answer["results"]
+    assert paged == whole
+    assert len(set(ids(whole))) == len(whole)
+    assert all(naive.matches(BY_ID[name], where(body.get("filters", {}))) for name in ids(whole))
+    if "sort" not in body and not body.get("diversity"):
+        scores = [result["score"] for result in whole]
+        assert scores == sorted(scores, reverse=True)
+    if body.get("group_by") == "group_id":
+        groups = [result["group_id"] for result in whole if result["group_id"] is not None]
+        assert len(set(groups)) == len(groups)
+    for result in whole:
+        assert sum(part["contribution"] for part in result["explain"]) == pytest.approx(result["score"], abs=1e-6)
+
+
+# --- explain --------------------------------------------------------------------------------------------------
+
+
+async def test_explain_says_what_each_part_is_worth(shop: Shop) -> None:
+    plain = await shop.search(query="red shirt", limit=1)
+    assert "explain" not in plain["results"][0]
+    boosts = [{"field": "in_stock", "factor": 0.5}]
+    (best, *_) = await ranking(shop, explain=True, boosts=boosts, filters={"product_id": ["p27", "p01"]})
+    assert best["product_id"] == "p27"
+    parts = {part["part"]: part for part in best["explain"]}
+    assert parts.keys() == {"image", "text", "lexical", "boost"}
+    assert parts["lexical"].keys() == {"part", "score", "calibrated", "weight", "contribution"}
+    assert parts["lexical"]["weight"] == pytest.approx(0.6)
+    assert (parts["lexical"]["calibrated"], parts["lexical"]["contribution"]) == pytest.approx((1.0, 0.6))
+    assert parts["lexical"]["score"] > 1
+    assert -1 <= parts["image"]["score"] <= 1
+    base = sum(part["contribution"] for name, part in parts.items() if name != "boost")
+    assert parts["boost"] == {
+        "part": "boost",
+        "field": "in_stock",
+        "calibrated": 1.0,
+        "weight": 0.5,
+        "contribution": pytest.approx(base / 2),
+    }
+    assert best["score"] == pytest.approx(base * 1.5)
+
+
+async def test_a_product_asked_for_by_its_id_says_so(shop: Shop) -> None:
+    best = (await ranking(shop, query="p07", explain=True))[0]
+    assert best["product_id"] == "p07"
+    assert "exact" in [part["part"] for part in best["explain"]]
+    shown = picture(*COLORS["red"])
+    seen = (await shop.search(image={"data": b64encode(shown).decode()}, explain=True))["results"][0]
+    assert [part["part"] for part in seen["explain"]] == ["image", "text", "exact"]
+
+
+# --- sort -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sort", ["price_asc", "price_desc", "newest"])
+async def test_sorting_orders_everything_that_has_the_words(shop: Shop, sort: str) -> None:
+    found = await ranking(shop, query="shirt", mode="lexical", sort=sort)
+    expected = [product for product in PRODUCTS if "shirt" in product.name]
+
+    def key(product: Product) -> tuple[bool, float, str]:
+        if sort == "newest":
+            return False, -(product.version or 0), product.product_id
+        price = product.price
+        return price is None, (price or 0) * (1 if sort == "price_asc" else -1), product.product_id
+
+    assert ids(found) == [product.product_id for product in sorted(expected, key=key)]
+    relevance = {result["product_id"]: result["score"] for result in await ranking(shop, query="shirt", mode="lexical")}
+    assert {result["product_id"]: result["score"] for result in found} == relevance
+
+
+async def test_sorting_what_is_alike_takes_the_best_only(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "SORTED", 8)
+    best = await ranking(shop, mode="semantic", using="text")
+    cheap = await ranking(shop, mode="semantic", using="text", sort="price_asc")
+    assert set(ids(cheap)) == set(ids(best)[:8])
+    prices = [result["price"] for result in cheap if result["price"] is not None]
+    assert prices == sorted(prices)
+
+
+# --- groups ---------------------------------------------------------------------------------------------------
+
+
+async def test_one_result_a_group_and_how_many_it_stands_for(shop: Shop) -> None:
+    whole = await ranking(shop)
+    grouped = await ranking(shop, group_by="group_id", filters={"attributes.color": "red"})
+    red = [product for product in PRODUCTS if product.attributes["color"] == "red"]
+    for result in grouped:
+        group = result["group_id"]
+        assert result["variants"] == (1 if group is None else sum(product.group_id == group for product in red))
+    assert sum(result["variants"] for result in grouped) == len(red)
+    first = [next(name for name in ids(whole) if BY_ID[name].group_id == f"g{number}") for number in range(9)]
+    assert set(first) <= set(ids(await ranking(shop, group_by="group_id")))
+    assert "variants" not in whole[0]
+
+
+async def test_a_page_of_groups_is_full(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "TIERS", (3, 12, 10_100))
+    answer = await shop.search(query="red shirt", group_by="group_id", limit=20)
+    assert answer["count"] == 20
+
+
+async def test_equal_pictures_are_shown_once(shop: Shop) -> None:
+    found = await ranking(shop, group_by="image", using="image", mode="semantic")
+    vectors = await shop.engines.index.get("default", list(BY_ID), with_vectors=True)
+    shown = [vectors[name].vectors["image"] for name in ids(found)]
+    alike = [float(one @ other) for number, one in enumerate(shown) for other in shown[:number]]
+    assert max(alike) < 0.9999
+    assert len(found) < len(await ranking(shop, using="image", mode="semantic"))
+    bare = [name for name, stored in vectors.items() if "image" not in stored.vectors]
+    assert set(bare) <= set(ids(await ranking(shop, group_by="image")))
+
+
+# --- boosts and diversity -------------------------------------------------------------------------------------
+
+
+async def test_a_boost_lifts_and_a_negative_one_lowers(shop: Shop) -> None:
+    whole = await ranking(shop)
+    last = {result["product_id"]: place for place, result in enumerate(whole)}
+    lifted = await ranking(shop, boosts=[{"field": "attributes.margin", "factor": 10}])
+    margins = [result["attributes"]["margin"] for result in lifted]
+    assert sum(margins[:10]) > sum(result["attributes"]["margin"] for result in whole[:10])
+    sunk = await ranking(shop, boosts=[{"field": "in_stock", "factor": -1}])
+    assert sunk[-1]["score"] == 0
+    assert {name for name in ids(sunk) if BY_ID[name].stock} == {
+        result["product_id"] for result in sunk if result["score"] == 0 and BY_ID[result["product_id"]].stock
+    }
+    assert sorted(ids(lifted)) == sorted(last)
+
+
+async def test_boosts_of_nothing_change_no_order(shop: Shop) -> None:
+    assert ids(await ranking(shop, boosts=[{"field": "attributes.nobody", "factor": 5}])) == ids(await ranking(shop))
+
+
+async def test_diversity_shows_other_colors_sooner(shop: Shop) -> None:
+    def colors(found: list[dict[str, Any]]) -> int:
+        return len({result["attributes"]["color"] for result in found[:4]})
+
+    plain = await ranking(shop, query="red", using="image", mode="semantic")
+    mixed = await ranking(shop, query="red", using="image", mode="semantic", diversity=0.7)
+    assert colors(plain) == 1
+    assert colors(mixed) == 2, "the products whose picture is green have none"
+    assert sorted(ids(plain)) == sorted(ids(mixed))
+    assert mixed[0] == plain[0]
+
+
+# --- facets ---------------------------------------------------------------------------------------------------
+
+
+def counts(facet: list[dict[str, Any]]) -> dict[tuple[bool, Any], int]:
+    return {(isinstance(one["value"], bool), one["value"]): one["count"] for one in facet}
+
+
+@pytest.mark.parametrize("mode", ["auto", "semantic", "lexical"])
+@pytest.mark.parametrize(
+    "filters", [{}, {"brand": "Velo"}, {"price": {"gte": 10, "lt": 45}, "attributes.color": ["red"]}]
+)
+async def test_facets_equal_a_naive_count(shop: Shop, mode: str, filters: dict[str, Any]) -> None:
+    keys = ["brand", "category", "attributes.color", "attributes.size", "in_stock", "group_id", "price", "stock"]
+    body: dict[str, Any] = {"query": "red", "mode": mode, "filters": filters}
+    answer = await shop.search(**body, facets=[*keys, "brand"], limit=1)
+    assert answer["facets"].keys() == set(keys)
+    for key in keys:
+        others = {name: value for name, value in filters.items() if name != key}
+        among = [
+            product
+            for product in PRODUCTS
+            if naive.matches(product, where(others)) and (mode != "lexical" or "red" in product.name)
+        ]
+        facet = answer["facets"][key]
+        if key not in ("price", "stock"):
+            assert counts(facet) == naive.counted(among, key), key
+            assert [one["count"] for one in facet] == sorted((one["count"] for one in facet), reverse=True)
+            continue
+        numbers = [value for product in among if (value := getattr(product, key)) is not None]
+        assert (facet["min"], facet["max"]) == (min(numbers), max(numbers))
+        for one in facet["ranges"]:
+            assert one["count"] == sum(one["gte"] <= number < one.get("lt", 1e309) for number in numbers)
+        assert sum(one["count"] for one in facet["ranges"]) == len(numbers)
+        shown = await ranking(shop, **{**body, "filters": {**others, key: {"gte": facet["ranges"][0]["gte"]}}})
+        assert len(shown) == len(numbers)
+
+
+async def test_words_that_the_model_does_not_know_are_counted_as_words(shop: Shop) -> None:
+    assert not (await shop.encoder.embed_text("shirt")).any()
+    answer = await shop.search(query="shirt", facets=["attributes.color"])
+    assert sum(one["count"] for one in answer["facets"]["attributes.color"]) == answer["total"] == 18
+    answer = await shop.search(query="shirt", mode="semantic", facets=["brand"])
+    assert (answer["total"], answer["facets"]) == (0, {"brand": []})
+
+
+async def test_a_facet_of_nothing_is_empty(shop: Shop) -> None:
+    answer = await shop.search(query="zzzz", mode="lexical", facets=["brand", "price", "attributes.nobody"])
+    assert answer["facets"] == {"brand": [], "price": {"min": None, "max": None, "ranges": []}, "attributes.nobody": []}
+    assert (answer["results"], answer["total"]) == ([], 0)
+
+
+async def test_facets_need_no_encoder(shop: Shop) -> None:
+    answer = await shop.search(query="shirt", facets=["brand"], wordless=True)
+    assert answer["facets"] == (await shop.search(query="shirt", mode="lexical", facets=["brand"]))["facets"]
+
+
+# --- refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("facets.1", {"facets": ["brand", "colour"]}),
+        ("facets", {"facets": ["brand"] * 11}),
+        ("facets", {"facets": "brand"}),
+        ("group_by", {"group_by": "brand"}),
+        ("sort", {"sort": "price"}),
+        ("boosts.0.field", {"boosts": [{"field": "name", "factor": 1}]}),
+        ("boosts.0.factor", {"boosts": [{"field": "stock", "factor": 11}]}),
+        ("boosts.0.factor", {"boosts": [{"field": "stock"}]}),
+        ("boosts", {"boosts": [{"field": "stock", "factor": 1}] * 9}),
+        ("diversity", {"diversity": 1.5}),
+        ("diversity", {"diversity": "0.5"}),
+        ("explain", {"explain": "yes"}),
+    ],
+)
+async def test_what_makes_no_sense_is_named(shop: Shop, field: str, body: dict[str, Any]) -> None:
+    await refused(shop, field, **body)
