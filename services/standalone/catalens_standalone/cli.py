@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from catalens.errors import CatalensError
-from catalens_standalone import cli_dlq, cli_model, cli_reindex, cli_topics
+from catalens_standalone import cli_dlq, cli_eval, cli_model, cli_reindex, cli_topics
 from catalens_standalone.terminal import printable
 
 # Everything heavy is imported inside the commands, so that --help and search answer at once.
@@ -519,6 +519,7 @@ app.command()(cli_reindex.reconcile)
 app.add_typer(cli_topics.app, name="topics")
 app.add_typer(cli_dlq.app, name="dlq")
 app.add_typer(cli_model.app, name="model")
+app.add_typer(cli_eval.app, name="eval")
 
 
 # --- what they share --------------------------------------------------------------------------------------
