@@ -61,6 +61,7 @@ format: $(VENV)/.dev ## mend what ruff can mend
 engines: $(VENV)/.dev ## Apache Kafka and Redis for the tests, where they can be had; what is missing is said
 	@scripts/ensure-kafka
 	@scripts/ensure-redis
+	@scripts/ensure-kustomize
 
 .PHONY: test
 test: engines ## unit, contract, service and end-to-end tests
@@ -114,6 +115,58 @@ screenshots: $(VENV)/.dev ## take the README's screenshots in a real browser
 	@scripts/ensure-chromium
 	$(BIN)/python scripts/screenshots.py
 
+IMAGES ?= ingest embedder query standalone
+IMAGE_REGISTRY ?=
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+IMAGE = $(if $(IMAGE_REGISTRY),$(IMAGE_REGISTRY)/)catalens-$(1):$(VERSION)
+IMAGE_BUILD = docker buildx build --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) \
+  --build-arg CREATED=$$(git log -1 --format=%cI)
+SCANNER ?= anchore/grype:v0.118.0
+
+.PHONY: images
+images: ## build the container images (docker with buildx); IMAGES="torch cuda" builds those that are gigabytes
+	$(foreach name,$(IMAGES),$(IMAGE_BUILD) --load --target $(name) --tag $(call IMAGE,$(name)) . &&) true
+
+.PHONY: image-check
+image-check: $(VENV)/.dev ## carry out the Dockerfile without a container engine, start what comes out, print sizes
+	$(BIN)/python -m scripts.image_check
+
+.PHONY: image-digests
+image-digests: ## pin base and engine images to the digests that the registry answers with (docker with buildx)
+	$(PYTHON) scripts/image_digests.py
+
+.PHONY: image-scan
+image-scan: ## look for known holes in the images that were built; fails on those for which there is a mended version
+	@mkdir -p .cache
+	$(foreach name,$(IMAGES),docker save --output .cache/$(name).tar $(call IMAGE,$(name)) && \
+	  docker run --rm --volume $(CURDIR)/.cache/$(name).tar:/image.tar:ro $(SCANNER) --only-fixed --fail-on high docker-archive:/image.tar &&) true
+
+.PHONY: images-push
+images-push: ## build and push the images to IMAGE_REGISTRY, with SBOM and provenance
+	@test -n "$(IMAGE_REGISTRY)" || { echo "name a registry: make images-push IMAGE_REGISTRY=host/path"; exit 1; }
+	$(foreach name,$(IMAGES),$(IMAGE_BUILD) --push --sbom=true --provenance=mode=max --target $(name) --tag $(call IMAGE,$(name)) . &&) true
+
+.PHONY: images-sign
+images-sign: ## sign what was pushed, by its digest (cosign)
+	$(foreach name,$(IMAGES),cosign sign --yes $(call IMAGE,$(name))@$$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' $(call IMAGE,$(name))) &&) true
+
+.PHONY: check-k8s
+check-k8s: $(VENV)/.dev ## build every overlay with every combination of components and check what comes out
+	@scripts/ensure-kustomize
+	CATALENS_TEST_ALL_COMBINATIONS=true $(BIN)/python -m pytest tests/unit/test_k8s.py
+
+RELEASE ?=
+.PHONY: release-check
+release-check: ## the tag RELEASE is this version, and the changelog has it
+	@test "$(RELEASE)" = "v$(VERSION)" || { echo "RELEASE is $(RELEASE), pyproject.toml says $(VERSION)"; exit 1; }
+	@grep -q '^## \[$(VERSION)\]' CHANGELOG.md || { echo "CHANGELOG.md has no section [$(VERSION)]"; exit 1; }
+
+.PHONY: release
+release: release-check $(VENV)/.dev ## make the release of the tag RELEASE, with the wheel and the changelog's words (gh)
+	$(PIP) wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	awk '/^## \[/ { on = index($$0, "## [$(VERSION)]") == 1; next } on' CHANGELOG.md > dist/notes.md
+	gh release create "$(RELEASE)" --verify-tag --title "Catalens $(VERSION)" --notes-file dist/notes.md dist/*.whl
+
 STARTER_PYTHON ?= python3.12
 .PHONY: starter-model
 starter-model: ## rebuild the bundled starter model from its ingredients (Python 3.12, npm, apt; half an hour)
@@ -129,6 +182,11 @@ lock: | $(BIN)/python ## resolve the dependencies again into requirements/*.txt
 	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --group build -o requirements/standalone.txt
 	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server --extra onnx --group build --group dev --group browser -c requirements/standalone.txt -o requirements/dev.txt
 	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server --extra onnx --extra torch --extra quantize --group build --group dev --group browser -c requirements/dev.txt -o requirements/torch.txt
+	$(subst pyproject.toml,,$(UV_COMPILE)) $(LOCK_FLAGS) --group image -c requirements/dev.txt -o requirements/image-build.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra kafka --extra redis --extra objects --extra tracing -c requirements/dev.txt -o requirements/image-ingest.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra encoder --extra server -c requirements/dev.txt -o requirements/image-encoder.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra standalone --extra server -c requirements/dev.txt -o requirements/image-standalone.txt
+	$(UV_COMPILE) $(LOCK_FLAGS) --extra encoder --extra cli --extra server --extra onnx --extra torch --extra quantize -c requirements/torch.txt -o requirements/image-torch.txt
 
 .PHONY: clean
 clean: ## remove the environment and caches, never your data

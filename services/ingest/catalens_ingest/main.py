@@ -6,7 +6,8 @@ import asyncio
 
 import structlog
 
-from catalens.encoders.bundle import load_bundle, resolve
+from catalens.domain import ModelSpec
+from catalens.encoders.bundle import Bundle, read_manifest, resolve
 from catalens.engines import EngineRoom
 from catalens.lifecycle import run_service, stop_on_signals, supervise
 from catalens.settings import Settings
@@ -20,8 +21,7 @@ log = structlog.get_logger(__name__)
 async def serve(settings: Settings) -> None:
     """Take events over HTTP until SIGTERM or SIGINT, then drain; raises as EngineRoom and `serving`."""
     metrics = Metrics()
-    bundle = await asyncio.to_thread(lambda: load_bundle(resolve(settings.model, settings.data_dir)))
-    spec = bundle.spec(settings.encoder.precision)
+    spec = await asyncio.to_thread(_spec, settings)
     async with stop_on_signals() as stop, EngineRoom(settings) as room:
         ingest = IngestService(
             log=await room.log(),
@@ -37,6 +37,12 @@ async def serve(settings: Settings) -> None:
             log.info("process.ready", service="ingest", url=url)
             await supervise({"ingest": ingest.run(stop)}, stop, drain_deadline=settings.embedder.drain_deadline)
     log.info("process.stopped")
+
+
+def _spec(settings: Settings) -> ModelSpec:
+    """Return what the model calls itself: its manifest is all that there need be of it here."""
+    folder = resolve(settings.model, settings.data_dir)
+    return Bundle(folder, read_manifest(folder)).spec(settings.encoder.precision)
 
 
 def main() -> None:

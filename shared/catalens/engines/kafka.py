@@ -557,6 +557,24 @@ class KafkaConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # its bas
         self._next.clear()
         self._served.clear()
         log.info("consumer.assigned", group=self._group, partitions=len(assigned))
+        await self._pass_what_is_gone(assigned)
+
+    async def _pass_what_is_gone(self, assigned: Collection[KafkaPlace]) -> None:
+        """Commit the earliest offset of partitions whose first records are gone and were never committed, or whose
+        commits have expired. Of one that is empty nothing else would ever be committed, and whoever asks the brokers
+        for end less committed, as KEDA does, would see a lag for ever."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                earliest = await self.client.beginning_offsets(list(assigned)) if assigned else {}
+                cut = [place for place, offset in earliest.items() if offset > 0]
+                coordinator = self.client._coordinator  # noqa: SLF001  # the public way asks for each one by itself
+                stored = await coordinator.fetch_committed_offsets(cut) if cut else {}
+                known = {place: found.offset for place, found in stored.items()}
+                gone = {place: earliest[place] for place in cut if known.get(place, -1) < earliest[place]}
+                if gone:
+                    await self.client.commit(gone)
+        except (kafka_errors.KafkaError, TimeoutError) as error:  # the next assignment tries again
+            log.warning("consumer.not_passed", group=self._group, error=str(error))
 
     def _mend(self) -> None:
         """Look after the tasks of aiokafka 0.14, which it does not start again when one has failed: join the group anew

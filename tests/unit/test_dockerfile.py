@@ -1,0 +1,150 @@
+"""The Dockerfile keeps its promises: pinned, without a compiler, not as root; what it copies exists."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from scripts.image_check import PRESENT, ROOT, Stage, chain, last, needed, stages
+from scripts.image_digests import FILES, foreign, pinned
+
+from catalens_standalone.doctor import variables
+
+TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+STAGES = stages(TEXT)
+IMAGES = ("ingest", "embedder", "query", "standalone", "torch", "cuda")
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+
+
+def steps(name: str, instruction: str) -> list[str]:
+    """Return what all those instructions of one stage say."""
+    return [value for op, value in STAGES[name].steps if op == instruction]
+
+
+def test_it_has_the_images_that_are_documented() -> None:
+    assert set(IMAGES) <= set(STAGES)
+    assert list(STAGES)[-1] == "standalone", "what a plain docker build makes"
+    assert set(PRESENT) <= set(IMAGES)
+
+
+def test_every_base_is_pinned_by_a_version() -> None:
+    for stage in STAGES.values():
+        if stage.base not in STAGES and stage.base != "scratch":
+            assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+(@sha256:[0-9a-f]{64})?", stage.base), stage.base
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_runs_as_a_number_and_can_be_asked_how_it_is(image: str) -> None:
+    all_steps = chain(image, STAGES)
+    assert last(all_steps, "USER") == "10001:10001"
+    assert last(all_steps, "HEALTHCHECK").endswith('CMD ["python", "/opt/probe.py", "/livez"]')
+    assert last(all_steps, "VOLUME") == "/data"
+    assert "org.opencontainers.image.version" in last(all_steps, "LABEL")
+    assert any("PYTHONDONTWRITEBYTECODE=1" in value for op, value in all_steps if op == "ENV")
+    assert json.loads(last(all_steps, "ENTRYPOINT"))[0] in SCRIPTS
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_nothing_is_installed_in_an_image_itself(image: str) -> None:
+    """Packages, pip's caches and whatever builds them stay in stages of which only the environment is copied."""
+    for op, value in chain(image, STAGES):
+        if op == "RUN":
+            assert not re.search(r"\b(pip|apt-get|apk|curl|wget)\b", value), value
+        if op == "COPY" and (copied := re.match(r"--from=(\S+) (\S+)", value)):
+            assert copied[1] == "model" or copied[2] == "/opt/catalens", value
+
+
+def test_everything_installed_is_locked_and_nothing_is_compiled() -> None:
+    installs = [
+        line
+        for stage in STAGES.values()
+        for op, value in stage.steps
+        if op == "RUN"
+        for line in value.split("&&")
+        if " install " in line
+    ]
+    assert installs
+    for line in installs:
+        if "/wheels/" in line:
+            assert "--no-deps" in line
+        else:
+            assert "--only-binary :all: --require-hashes -r /src/requirements/" in line, line
+
+
+def test_the_lock_files_hold_no_runtime_that_an_image_must_not_have() -> None:
+    def locked(name: str) -> set[str]:
+        text = (ROOT / "requirements" / f"image-{name}.txt").read_text(encoding="utf-8")
+        assert "--hash=sha256:" in text
+        return set(re.findall(r"^([a-z0-9][a-z0-9._-]*)==", text, re.MULTILINE))
+
+    runtimes = {"numpy", "openvino", "onnxruntime", "tokenizers", "torch", "transformers", "qdrant-client"}
+    assert not locked("ingest") & runtimes
+    assert not locked("encoder") & {"onnxruntime", "torch", "transformers", "qdrant-edge-py", "pytest"}
+    assert {"openvino", "tokenizers", "aiokafka", "qdrant-client", "redis", "obstore"} <= locked("encoder")
+    assert {"typer", "qdrant-edge-py", "aiokafka"} <= locked("standalone")
+    assert {"torch", "transformers", "typer"} <= locked("torch")
+
+
+def test_the_images_have_the_versions_that_are_tested() -> None:
+    def pins(path: Path) -> dict[str, str]:
+        return dict(re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+    tested = pins(ROOT / "requirements" / "torch.txt")
+    for name in ("ingest", "encoder", "standalone", "torch"):
+        for package, version in pins(ROOT / "requirements" / f"image-{name}.txt").items():
+            assert tested.get(package) == version, f"image-{name}.txt has {package} {version}: run make lock"
+
+
+def test_every_file_that_is_copied_exists_and_passes_the_dockerignore() -> None:
+    allowed = [
+        line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    ]
+    for stage in STAGES.values():
+        for value in [value for op, value in stage.steps if op == "COPY" and not value.startswith("--from=")]:
+            for source in value.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert any(fnmatch.fnmatch(source, f"{entry}*") for entry in allowed), f".dockerignore hides {source}"
+
+
+def test_every_variable_is_a_setting() -> None:
+    names = set(re.findall(r"\b(CATALENS_\w+)=", "\n".join(value for s in STAGES.values() for _, value in s.steps)))
+    assert names
+    assert names <= {variable.name for variable in variables()}
+
+
+def test_stages_are_ordered_by_who_needs_whom() -> None:
+    order = [stage.name for stage in needed("query", STAGES)]
+    assert order[-1] == "query"
+    assert order.index("wheel") < order.index("env-encoder") < order.index("query")
+    assert "env-ingest" not in order
+
+
+def test_a_dockerfile_is_read_with_its_continued_lines_and_comments() -> None:
+    text = (
+        "ARG B=python:3.13.1\n# no\nFROM ${B} AS a\nRUN one \\\n    # nor this\n    && two\nFROM a\nCOPY --from=a /x /x"
+    )
+    assert stages(text) == {
+        "a": Stage("a", "python:3.13.1", [("RUN", "one && two")]),
+        "stage-1": Stage("stage-1", "a", [("COPY", "--from=a /x /x")]),
+    }
+
+
+def test_digests_are_written_behind_versions_and_replaced() -> None:
+    old, new = f"sha256:{'0' * 64}", f"sha256:{'a' * 64}"
+    text = f"ARG PYTHON=python:3.13.14-slim\n    image: redis:8.8.3-alpine@{old}\n    image: catalens-ingest:0.1.0\n"
+    assert foreign(text) == ["python:3.13.14-slim", "redis:8.8.3-alpine"]
+    once = pinned(text, {"python:3.13.14-slim": new, "redis:8.8.3-alpine": new})
+    assert once == (
+        f"ARG PYTHON=python:3.13.14-slim@{new}\n    image: redis:8.8.3-alpine@{new}\n    image: catalens-ingest:0.1.0\n"
+    )
+    assert pinned(once, {"redis:8.8.3-alpine": old}).count(old) == 1
+
+
+def test_every_foreign_image_has_a_version() -> None:
+    images = [image for path in FILES for image in foreign(path.read_text(encoding="utf-8"))]
+    assert len(images) >= 8
+    assert all(re.search(r":v?\d+\.\d+\.\d+", image) for image in images), images
