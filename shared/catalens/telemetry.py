@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -195,9 +196,10 @@ class Metrics:
         )
         self.dead_letters_left = Gauge(
             "catalens_dead_letters_left_records",
-            "How many of the next events may become dead letters; one more stops the worker.",
+            "How many of the next events may become dead letters; one more stops the worker. Infinite without one.",
             registry=add,
         )
+        self.dead_letters_left.set(math.inf)
         self.pictures = Counter(
             "catalens_pictures",
             "Products whose remote pictures were done with, by outcome: ok, retried, failed.",
@@ -252,6 +254,7 @@ class Metrics:
             "0 while the cache is away and not asked: everything is computed again. 1 otherwise.",
             registry=add,
         )
+        self.cache_available.set(1)
 
         # --- query
         self.searches = Counter(
