@@ -219,6 +219,18 @@ class SparseVector:
 
 
 @dataclass(frozen=True, slots=True)
+class Tag:
+    """What the model sees in a product: the best label of a list, and its share among the list's labels, 0 to 1."""
+
+    value: str
+    score: float
+
+
+Tags: TypeAlias = Mapping[str, Tag]
+"""By the name of the list, such as color."""
+
+
+@dataclass(frozen=True, slots=True)
 class IndexDocument:
     """What the embedder writes for a product event: the content, its version and the vectors at hand.
 
@@ -233,6 +245,7 @@ class IndexDocument:
     image: Embedding | None = None
     text: Embedding | None = None
     lexical: SparseVector | None = None
+    tags: Tags = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +258,8 @@ class ImageUpdate:
     image_status: ImageStatus
     image_error: str | None = None
     image: Embedding | None = None
+    tagged: tuple[Product, Tags] | None = None
+    """The product of that version and its tags, which replace those that it has; None leaves them as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +293,7 @@ class StoredProduct:
     image_error: str | None
     indexed_at: float
     """Unix seconds of the last applied write."""
+    tags: Tags = field(default_factory=dict)
     vectors: Mapping[str, Embedding] = field(default_factory=dict)
     """Only when asked for: "image", "text"."""
 
@@ -344,7 +360,7 @@ class Condition:
     """One filter key: the product's `key` is any of `any_of`, or lies in `within`.
 
     Keys: product_id, brand, category (path and everything below), price, currency, stock, in_stock, group_id,
-    locale, image_status and attributes.NAME. A list-valued attribute matches if one of its members does.
+    locale, image_status, attributes.NAME and tags.NAME. A list-valued attribute matches if one of its members does.
     """
 
     key: str

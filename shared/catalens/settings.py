@@ -249,6 +249,9 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(default=Path("data"), description="log, index, uploaded pictures and caches of this process")
     model: str = Field(default="starter", description="bundled model's name, a name under DATA_DIR/models, or a folder")
+    tags_file: Path | None = Field(
+        default=None, description="labels that the model tags products with, a JSON file (docs/how-to/tags.md)"
+    )
     url: str = Field(default="http://127.0.0.1:8080", description="where the command line finds the service")
     api_key: SecretStr | None = Field(default=None, description="the key that the command line sends")
     api_keys: tuple[ApiKey, ...] = Field(

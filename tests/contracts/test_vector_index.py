@@ -35,6 +35,7 @@ from catalens.domain import (
     Range,
     SparseVector,
     StoredProduct,
+    Tag,
     TombstoneWrite,
     VectorName,
     WriteOutcome,
@@ -383,6 +384,38 @@ async def test_a_picture_that_failed_says_why(index: VectorIndex) -> None:
     await index.update_images([ImageUpdate(SHOP, "p", 2, "ok", image=vector(1))])
     stored = await live(index)
     assert (stored.image_status, stored.image_error, set(stored.vectors)) == ("ok", None, {"text", "image"})
+
+
+async def test_tags_are_found_shown_and_replaced_with_the_picture(index: VectorIndex) -> None:
+    made = document(version=2, text=vector(1), image_status="pending", brand="Acme", attributes={"color": "red"})
+    await index.upsert([replace(made, tags={"color": Tag("blue", 0.5), "kind": Tag("shoe", 1.0)}), document("q")])
+    stored = await live(index)
+    assert stored.tags == {"color": Tag("blue", 0.5), "kind": Tag("shoe", 1.0)}
+
+    async def under(key: str, *values: str | int) -> list[str]:
+        where = Filter(conditions=(Condition(key, values),))
+        return [one.product.product_id for one in await index.page(SHOP, after=None, limit=9, where=where)]
+
+    assert await under("tags.color", "blue", "green") == await under("tags.kind", "shoe") == ["p"]
+    assert (
+        await under("tags.color", "red")
+        == await under("attributes.color", "blue")
+        == await under("tags.color", 5)
+        == []
+    )
+    assert await under("attributes.color", "red") == ["p"]
+    ok = ImageUpdate(SHOP, "p", 2, "ok", image=vector(0, 1))
+    await index.update_images([replace(ok, tagged=(made.product, {"color": Tag("green", 0.9)}))])
+    assert (await live(index)).tags == {"color": Tag("green", 0.9)}
+    assert (await under("tags.color", "green"), await under("tags.color", "blue")) == (["p"], [])
+    assert await under("brand", "Acme") == await under("attributes.color", "red") == ["p"]
+    await index.update_images([ok])
+    assert (await live(index)).tags == {"color": Tag("green", 0.9)}
+    await index.update_images([replace(ok, tagged=(made.product, {}))])
+    assert (await live(index)).tags == {}
+    assert await under("tags.color", "green") == []
+    await index.upsert([document(version=3)])
+    assert (await live(index)).tags == {}
 
 
 async def test_blobs_in_use_are_those_that_live_products_name(index: VectorIndex) -> None:

@@ -27,6 +27,7 @@ from catalens_query.filters import SCHEMA, translate
         ({"attributes.vegan": False}, Condition("attributes.vegan", (False,))),
         ({"attributes.weight": {"lte": 3}}, Condition("attributes.weight", within=Range(lte=3))),
         ({"attributes.a.b": "x"}, Condition("attributes.a.b", ("x",))),
+        ({"tags.color": ["red", "blue"]}, Condition("tags.color", ("red", "blue"))),
         ({"product_id": ["a", "b"]}, Condition("product_id", ("a", "b"))),
         ({"price": 10**300}, Condition("price", (1e300,))),
     ],
@@ -45,6 +46,9 @@ def test_keys_are_and() -> None:
     [
         {"colour": "red"},
         {"attributes.": "red"},
+        {"tags.": "red"},
+        {"tags.color": 5},
+        {"tags.color": {"gte": 5}},
         {"attributes": {"color": "red"}},
         {"tenant": "other"},
         {"brand": 5},

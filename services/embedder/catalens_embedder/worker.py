@@ -58,6 +58,7 @@ from catalens.settings import Settings
 from catalens.telemetry import Metrics, stage
 from catalens_embedder import letters
 from catalens_embedder.offsets import OffsetTracker
+from catalens_embedder.tagging import Tagger
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -144,6 +145,7 @@ class Embedder:
         self._images = MeasuredImages(images, metrics)
         self._settings = settings.embedder
         self._reads_texts = settings.encoder.towers != "image"
+        self._tagger = Tagger.of(settings, self._encoder)
         self._metrics = metrics
         self._clock = clock
         self._expiry_days = settings.log.dead_letter_days
@@ -545,6 +547,8 @@ class Embedder:
             job.event = await self._with_stored_pictures(job.event)
         with stage(self._metrics.stages, "embed"):
             vectors = await self._encoder.many(self._computations(needed))
+            if self._tagger is not None:
+                await self._ask("encoder", self._tagger.read())
         documents = [self._document(job, vectors) for job in needed]
         written = await self._ask("index writes", self._index.upsert(documents))
         waiting = [
@@ -633,14 +637,16 @@ class Embedder:
             if image.blob is not None:
                 self._note_picture(job, image.blob, vectors[self._encoder.picture_key(image.blob)])
         text = None if job.text_key is None else vectors[job.text_key]
+        picture, text = _mean(job.pictures), None if isinstance(text, Exception) else text
         return IndexDocument(
             tenant=job.event.tenant,
             product=product,
             image_status=_status(job, pending=any(image.url is not None for image in product.images)),
             image_error=job.picture_error,
-            image=_mean(job.pictures),
-            text=None if isinstance(text, Exception) else text,
+            image=picture,
+            text=text,
             lexical=lexical.document_vector(product),
+            tags={} if self._tagger is None else self._tagger.tags(text if picture is None else picture),
         )
 
     def _note_picture(self, job: _Job, name: str, result: Embedding | CatalensError) -> None:
@@ -674,13 +680,17 @@ class Embedder:
                     return
                 job.picture_error = transient
             status = _status(job, pending=False)
+            image, tagged = _mean(job.pictures), None
+            if self._tagger is not None and image is not None:
+                tagged = job.product, self._tagger.tags(image)
             update = ImageUpdate(
                 tenant=job.event.tenant,
                 product_id=job.product.product_id,
                 version=job.product.version or 0,
                 image_status=status,
                 image_error=job.picture_error,
-                image=_mean(job.pictures),
+                image=image,
+                tagged=tagged,
             )
             written = await self._persist(
                 lambda: self._ask("index writes", self._index.update_images([update])), "update_images"

@@ -10,6 +10,7 @@ from catalens.domain import MAX_VERSION, Condition, Filter, ImageStatus, Range, 
 from catalens.problems import invalid
 
 ATTRIBUTE: Final = "attributes."
+TAG: Final = "tags."
 _LONGEST: Final = 4096
 _MOST_VALUES: Final = 1000
 """Values of one key; keeps the index's request small."""
@@ -107,9 +108,9 @@ def translate(raw: Mapping[str, object]) -> Filter:
 def _condition(key: str, value: object) -> Condition:
     check = _CHECKS.get(key)
     if check is None:
-        if not key.startswith(ATTRIBUTE) or len(key) == len(ATTRIBUTE):
-            raise _Wrong(f"unknown filter; known are {', '.join(_CHECKS)} and {ATTRIBUTE}NAME")
-        check = _scalar
+        if key in (ATTRIBUTE, TAG) or not key.startswith((ATTRIBUTE, TAG)):
+            raise _Wrong(f"unknown filter; known are {', '.join(_CHECKS)}, {ATTRIBUTE}NAME and {TAG}NAME")
+        check = _scalar if key.startswith(ATTRIBUTE) else _text
     if isinstance(value, dict) and (key in _RANGED or check is _scalar):
         return Condition(key, within=_range(value))
     values = value if isinstance(value, list) else [value]
@@ -153,7 +154,8 @@ SCHEMA: Final[dict[str, Any]] = {
         "image_status": _schema({"type": "string", "enum": list(get_args(ImageStatus))}),
     },
     "patternProperties": {
-        r"^attributes\..+": _schema({"type": ["string", "number", "boolean"], "maxLength": _LONGEST}, ranged=True)
+        r"^attributes\..+": _schema({"type": ["string", "number", "boolean"], "maxLength": _LONGEST}, ranged=True),
+        r"^tags\..+": _schema(_TEXT_SCHEMA),
     },
     "additionalProperties": False,
     "maxProperties": _MOST_KEYS,

@@ -52,6 +52,7 @@ ResultField: TypeAlias = Literal[
     "locale",
     "group_id",
     "attributes",
+    "tags",
     "version",
     "offer_version",
 ]
@@ -275,6 +276,13 @@ class EmbedBatch(Value):
 # --- answers ----------------------------------------------------------------------------------------------
 
 
+class TagAnswer(Value):
+    """What the model sees in a product."""
+
+    value: str = Field(description="the best label of the catalogue's list")
+    score: float = Field(description="its share among the labels of the list, 0 to 1")
+
+
 class ProductFields(Value):
     """What is known of a product."""
 
@@ -294,6 +302,9 @@ class ProductFields(Value):
     locale: str | None = None
     group_id: str | None = None
     attributes: dict[str, AttributeValue] | None = None
+    tags: dict[str, TagAnswer] | None = Field(
+        default=None, description="what the model sees, by list (CATALENS_TAGS_FILE); absent where it sees none of it"
+    )
     version: int | None = None
     offer_version: int | None = None
 

@@ -23,10 +23,11 @@ from catalens_query.models import (
     Part,
     ProductAnswer,
     ProductFields,
+    TagAnswer,
 )
 from catalens_query.searching import Numbers
 
-_COPIED: Final = frozenset(ProductFields.model_fields) - {"in_stock", "image", "image_status", "image_error"}
+_COPIED: Final = frozenset(ProductFields.model_fields) - {"in_stock", "image", "image_status", "image_error", "tags"}
 _WEB: Final = ("http://", "https://")
 
 
@@ -95,6 +96,8 @@ def _fields(stored: StoredProduct) -> dict[str, Any]:
     fields["image_status"] = stored.image_status
     if stored.image_error is not None:
         fields["image_error"] = stored.image_error
+    if stored.tags:
+        fields["tags"] = {name: TagAnswer(value=tag.value, score=tag.score) for name, tag in stored.tags.items()}
     return fields
 
 

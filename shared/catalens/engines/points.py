@@ -26,6 +26,8 @@ from catalens.domain import (
     Scalar,
     SparseVector,
     StoredProduct,
+    Tag,
+    Tags,
     TombstoneWrite,
     category_prefixes,
     point_id,
@@ -66,8 +68,9 @@ def content_item(document: IndexDocument, dimension: int) -> Item:
         "lexical": packed_sparse(document.lexical) if document.lexical and document.lexical.indices else None,
         "fields": _present(
             doc=product.model_dump_json(exclude_unset=True, exclude={*_OFFER_FIELDS, "version"}),
-            terms=terms_of(product),
-            facets=facets_of(product),
+            terms=terms_of(product, document.tags),
+            facets=facets_of(product, document.tags),
+            tags=_packed(document.tags),
             numbers={
                 number_key(key): float(value)
                 for key, value in product.attributes.items()
@@ -82,10 +85,19 @@ def content_item(document: IndexDocument, dimension: int) -> Item:
 
 def image_item(update: ImageUpdate, dimension: int) -> Item:
     """Return the write of a picture that arrived or failed; without a vector, only the status is set."""
+    retagged: dict[str, object] = {}
+    if update.tagged is not None:
+        product, tags = update.tagged
+        retagged = {
+            "terms": terms_of(product, tags),
+            "facets": facets_of(product, tags),
+            "tags": _packed(tags),
+        }
     return {
         **_identity(update.tenant, update.product_id),
         "version": update.version,
-        "fields": _present(image_status=update.image_status, image_error=update.image_error),
+        "fields": _present(image_status=update.image_status, image_error=update.image_error, **retagged),
+        "retagged": update.tagged is not None,
         "image": _dense("image", update.image, dimension),
     }
 
@@ -116,12 +128,12 @@ def packed_sparse(vector: SparseVector) -> tuple[bytes, bytes]:
     return np.asarray(vector.indices, dtype=np.uint32).tobytes(), values.tobytes()
 
 
-def terms_of(product: Product) -> list[str]:
+def terms_of(product: Product, tags: Tags) -> list[str]:
     """Return everything that the product can be filtered by for equality, one keyword each."""
-    return [_term(key, value) for key, value in _values(product)]
+    return [_term(key, value) for key, value in _values(product, tags)]
 
 
-def _values(product: Product) -> Iterator[tuple[str, Scalar]]:
+def _values(product: Product, tags: Tags) -> Iterator[tuple[str, Scalar]]:
     for key in sorted(_TERMS):
         if (value := getattr(product, key)) is not None:
             yield key, value
@@ -131,6 +143,8 @@ def _values(product: Product) -> Iterator[tuple[str, Scalar]]:
         members: Sequence[Scalar] = stated if isinstance(stated, list) else [stated]
         for member in members:
             yield f"attributes.{name}", member
+    for name, tag in tags.items():
+        yield f"tags.{name}", tag.value
 
 
 def facet_field(key: FacetKey) -> str:
@@ -148,12 +162,16 @@ def facet_value(key: FacetKey, stored: str | int) -> Scalar:
     return value
 
 
-def facets_of(product: Product) -> dict[str, list[str]]:
+def facets_of(product: Product, tags: Tags) -> dict[str, list[str]]:
     """Return the values of each field apart, as JSON: an engine counts what is in a field, not what begins alike."""
     found: dict[str, dict[str, None]] = {}
-    for key, value in _values(product):
+    for key, value in _values(product, tags):
         found.setdefault(number_key(key), {})[_json(value)] = None
     return {key: list(values) for key, values in found.items()}
+
+
+def _packed(tags: Tags) -> dict[str, list[str | float]]:
+    return {name: [tag.value, tag.score] for name, tag in tags.items()}
 
 
 def number_key(name: str) -> str:
@@ -212,6 +230,7 @@ def stored_product(payload: Mapping[str, Any]) -> StoredProduct:
         image_status=payload["image_status"],
         image_error=payload.get("image_error"),
         indexed_at=payload["indexed_at"],
+        tags={name: Tag(value, score) for name, (value, score) in payload.get("tags", {}).items()},
         vectors=_vectors(payload),
     )
 
@@ -302,6 +321,8 @@ def _clause(tenant: str, condition: Condition) -> list[Primitive]:
         ]
         ranges = [*equal, *([within] if within else [])]
         return [_range(NUMBERS[key], bounds) for bounds in ranges] or [_points(tenant, ())]
+    if key.startswith("tags.") and key != "tags.":
+        return [("any", "terms", [_term(key, value) for value in _texts(values)])]
     name = key.removeprefix("attributes.")
     if name == key or not name:
         raise ValueError(f"no filter is known for {key!r}")

@@ -129,7 +129,7 @@ TENANTS_KNOWN: Final = 30.0
 _RULE_FIELDS: Final = all_but("doc", "terms", "facets", "numbers", "blobs", "order")
 """What the rules read: what only reads need is large, and is written, never read, by a write."""
 _STORED_FIELDS: Final = fields(
-    *("tenant", "product_id", "state", "version", "offer", "doc", "image_status", "image_error", "indexed_at")
+    *("tenant", "product_id", "state", "version", "offer", "doc", "image_status", "image_error", "indexed_at", "tags")
 )
 _FACT_FIELDS: Final = fields("product_id", "state", "version", "offer", "doc")
 _EXPORTED_FIELDS: Final = all_but("terms", "facets", "numbers", "blobs", "order", "etag")
