@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE: Final = 4
 _ATTEMPTS: Final = 6
+_PIPED: Final = 160
+"""Columns of the tables where no terminal says how many it has."""
 _CHANGED: Final = 10
 """Queries printed; the HTML report has more."""
 _SHOWN: Final = 5
@@ -322,8 +324,9 @@ PROXY: Final = (
 
 
 def _print(found: Evaluation) -> None:
-    console = Console(highlight=False)
-    errors = Console(stderr=True, highlight=False)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPED)  # a cell broken over lines is no use to a file
     for letter, one in zip("AB", found.configurations, strict=False):
         console.print(f"{letter}: {_plain(one.name)}", soft_wrap=True)
     console.print(_table(found))
