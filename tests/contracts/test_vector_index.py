@@ -414,6 +414,12 @@ async def test_tags_are_found_shown_and_replaced_with_the_picture(index: VectorI
     await index.update_images([replace(ok, tagged=(made.product, {}))])
     assert (await live(index)).tags == {}
     assert await under("tags.color", "green") == []
+    bare = document("bare", image_status="pending")
+    await index.upsert([replace(bare, tags={"color": Tag("green", 0.9)})])
+    assert await under("tags.color", "green") == ["bare"]
+    await index.update_images([ImageUpdate(SHOP, "bare", 1, "ok", image=vector(0, 1), tagged=(bare.product, {}))])
+    assert (await live(index, "bare")).tags == {}
+    assert await under("tags.color", "green") == []
     await index.upsert([document(version=3)])
     assert (await live(index)).tags == {}
 

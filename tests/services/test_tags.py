@@ -161,6 +161,8 @@ async def test_answers_show_tags_and_an_export_does_not(tmp_path: Path) -> None:
         assert [(hit["product_id"], hit["tags"]) for hit in found["results"]] == [
             ("a", {"color": {"value": "red", "score": 0.75}})
         ]
+        counted = await shop.search(query="red", facets=["tags.color"], mode="semantic")
+        assert counted["facets"]["tags.color"] == [{"value": "red", "count": 1}]
         assert "tags" not in (await shop.call("GET", "/api/v1/products/b")).json
         only = await shop.search(query="red", include=["tags"], mode="semantic")
         assert {hit["product_id"]: set(hit) for hit in only["results"]} == {

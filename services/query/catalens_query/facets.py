@@ -12,7 +12,8 @@ from catalens.domain import Filter, Range
 NUMBERS: Final = ("price", "stock")
 """Facets that are ranges; every other one is a list of values."""
 PATTERN: Final = (
-    r"^(?:brand|category|group_id|locale|currency|image_status|in_stock|price|stock|(?:attributes|tags)\.[\s\S]{1,256})$"
+    r"^(?:brand|category|group_id|locale|currency|image_status|in_stock|price|stock|"
+    r"(?:attributes|tags)\.[\s\S]{1,256})$"
 )
 MOST_VALUES: Final = 100
 """Values of one facet: its most frequent ones."""

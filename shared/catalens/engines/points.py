@@ -88,7 +88,7 @@ def image_item(update: ImageUpdate, dimension: int) -> Item:
     retagged: dict[str, object] = {}
     if update.tagged is not None:
         product, tags = update.tagged
-        retagged = {
+        retagged = {  # whole, be it empty: what the text gave must go
             "terms": terms_of(product, tags),
             "facets": facets_of(product, tags),
             "tags": _packed(tags),
@@ -96,8 +96,7 @@ def image_item(update: ImageUpdate, dimension: int) -> Item:
     return {
         **_identity(update.tenant, update.product_id),
         "version": update.version,
-        "fields": _present(image_status=update.image_status, image_error=update.image_error, **retagged),
-        "retagged": update.tagged is not None,
+        "fields": {**_present(image_status=update.image_status, image_error=update.image_error), **retagged},
         "image": _dense("image", update.image, dimension),
     }
 

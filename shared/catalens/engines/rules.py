@@ -103,8 +103,6 @@ def put_image(draft: Draft, item: Mapping[str, Any]) -> Outcome:
     if payload["state"] != "live" or payload["version"] != item["version"]:
         return "superseded"
     payload.pop("image_error", None)
-    if item.get("retagged"):
-        payload.pop("tags", None)  # there may be none now
     payload.update(item["fields"])
     if item["image"] is not None:
         draft.vectors["image"] = item["image"]
