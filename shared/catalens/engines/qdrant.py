@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, cast
 from uuid import UUID
 
 import structlog
-from qdrant_client import grpc as pb
 
 from catalens.domain import (
     FacetCount,
@@ -73,6 +72,7 @@ from catalens.engines.points import (
     stored_product,
     tombstone_item,
 )
+from catalens.engines.qdrant_messages import pb
 from catalens.engines.qdrant_wire import (
     Connection,
     Message,

@@ -16,9 +16,9 @@ from uuid import UUID
 import grpc  # type: ignore[import-untyped]  # has no types
 import numpy as np
 import structlog
-from qdrant_client import grpc as pb
 
 from catalens.engines.points import Primitive
+from catalens.engines.qdrant_messages import pb
 from catalens.errors import CatalensError, InvalidEvent, Misconfigured, StorageFull, Transient
 from catalens.settings import QdrantSettings
 
