@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "catalens_query": {"catalens", "catalens_query"},
     "catalens_standalone": set(PACKAGES),
 }
-ADAPTERS = {path.stem for path in (PACKAGES["catalens"] / "engines").glob("*.py")} - {"__init__"}
+ADAPTERS = {path.stem for path in (PACKAGES["catalens"] / "engines").glob("*.py")} - {"__init__", "backup"}
+"""Modules that implement a port, and their parts; `backup` copies the files of a folder and opens none as an engine."""
 HEAVY = {"torch", "transformers"}
 OF_TORCH = ("catalens.encoders.checkpoints", "catalens.encoders.export", "catalens.encoders.layouts")
 RUNTIMES = {"numpy", "openvino", "onnxruntime", "tokenizers", "qdrant_edge", "qdrant_client", *HEAVY}

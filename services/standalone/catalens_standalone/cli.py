@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from catalens.errors import CatalensError
-from catalens_standalone import cli_dlq, cli_eval, cli_model, cli_reindex, cli_topics
+from catalens_standalone import cli_backup, cli_dlq, cli_eval, cli_model, cli_reindex, cli_topics
 from catalens_standalone.terminal import printable
 
 # Everything heavy is imported inside the commands, so that --help and search answer at once.
@@ -516,6 +516,8 @@ def doctor() -> None:
 
 app.command()(cli_reindex.reindex)
 app.command()(cli_reindex.reconcile)
+app.command()(cli_backup.backup)
+app.command()(cli_backup.restore)
 app.add_typer(cli_topics.app, name="topics")
 app.add_typer(cli_dlq.app, name="dlq")
 app.add_typer(cli_model.app, name="model")
