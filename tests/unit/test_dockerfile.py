@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -29,6 +33,16 @@ def test_it_has_the_images_that_are_documented() -> None:
     assert set(IMAGES) <= set(STAGES)
     assert list(STAGES)[-1] == "standalone", "what a plain docker build makes"
     assert set(PRESENT) <= set(IMAGES)
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    hadolint = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if hadolint is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("there is no hadolint: make dev installs it")
+        pytest.skip("there is no hadolint: make dev installs it")
+    done = subprocess.run([hadolint, "--no-color", "Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_base_is_pinned_by_a_version() -> None:

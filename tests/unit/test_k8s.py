@@ -164,7 +164,11 @@ def test_kubernetes_takes_it(resources: list[Resource]) -> None:
 
 @cache
 def _valid(resource: str, version: str) -> None:
-    kubernetes_validate.validate(json.loads(resource), version, strict=True)
+    try:
+        kubernetes_validate.validate(json.loads(resource), version, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        where = "/".join(map(str, error.path))
+        pytest.fail(f"Kubernetes {version}: {resource[:200]}… {where}: {error.message}", pytrace=False)
 
 
 def test_keda_takes_it(built: dict[Any, list[Resource]]) -> None:
