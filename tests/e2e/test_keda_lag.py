@@ -23,6 +23,8 @@ from tests.redis_server import need_server
 from catalens import events
 from catalens.domain import Message, Product, TopicPartition
 
+pytestmark = pytest.mark.timeout(120)  # what never agrees would poll for ever
+
 _NONE: Final = -1
 """The offset of a partition that the group has committed nothing of; KEDA's invalidOffset."""
 
@@ -119,7 +121,6 @@ async def test_the_lag_keda_reads_is_the_lag_that_is_told(cluster: Cluster) -> N
                 lag = await same(worker, keda)
             cluster.qdrant.refuse_writes(False)
             await settled(log)
-            assert set((await same(worker, keda)).values()) == {0}
 
             # Scaled to zero, then from zero.
             assert await asyncio.to_thread(worker.stop) == 0
