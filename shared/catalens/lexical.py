@@ -113,6 +113,17 @@ def query_vector(text: str) -> SparseVector:
     return SparseVector(tuple(indices), tuple([terms[term] for term in indices]))
 
 
+def query_words(text: str) -> list[tuple[SparseVector, float]]:
+    """Return the words that `query_vector` adds up, each on its own, and how much it counts; product ids are none."""
+    words = _words(text)
+    telling = [(word, share) for word, share in words if word not in _STOP] or words
+    found = [(sorted(_terms(word)), share) for word, share in dict(telling).items()]
+    return [
+        (SparseVector(tuple(term for term, _ in terms), tuple(share * part for _, part in terms)), share)
+        for terms, share in found
+    ]
+
+
 def text_for_embedding(product: Product) -> str:
     """Return what the text tower sees: name, brand unless the name has it, category, start of the description."""
     name = _plain(product.name)

@@ -209,6 +209,13 @@ class VectorIndex(Protocol):
         """Return what is known of the live products among `product_ids`: cheaper than `get`."""
         ...
 
+    async def sample(self, tenant: str, limit: int) -> Sequence[StoredProduct]:
+        """Return up to `limit` live products with their vectors, chosen by nothing that says anything about them.
+
+        The same ones as long as nothing is written.
+        """
+        ...
+
     async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
         """Return how many live products there are under each filter."""
         ...

@@ -14,8 +14,10 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+import qdrant_edge as edge
 import structlog
 
 from catalens.domain import Deletion, Filter, IndexDocument, ModelSpec, Product, TombstoneWrite
@@ -97,18 +99,22 @@ async def test_a_folder_that_this_release_cannot_read_is_refused(tmp_path: Path,
 
 
 async def test_a_folder_of_before_facets_goes_on_working_and_says_what_to_do(tmp_path: Path) -> None:
-    await (await EdgeIndex.open(tmp_path / "index", SPEC)).close()
-    meta = tmp_path / "index" / "meta.json"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 1}))
-    index = await EdgeIndex.open(tmp_path / "index", SPEC)
-    try:
-        assert await index.upsert([document("p")]) == ["applied"]
-        assert await ids(index) == ["p"]
-        with pytest.raises(NoFacet, match="catalens reindex --rebuild"):
-            await index.facet("shop", [("brand", Filter())], 5)
-        assert await index.facet("shop", [("image_status", Filter())], 5) == [[("none", 1)]]
-    finally:
-        await index.close()
+    first = await EdgeIndex.open(tmp_path / "index", SPEC)
+    await first.upsert([document("old")])
+    await first.close()
+    shard = edge.EdgeShard.load(str(tmp_path / "index" / "shard"))
+    marker = edge.Point(UUID(int=0), {}, {"sequence": 1})  # as the earlier release wrote it
+    shard.update(edge.UpdateOperation.upsert_points([marker]))
+    shard.close()
+    for written in ("p", "q"):
+        index = await EdgeIndex.open(tmp_path / "index", SPEC)
+        try:
+            assert await index.upsert([document(written)]) == ["applied"]
+            with pytest.raises(NoFacet, match="catalens reindex --rebuild"):
+                await index.facet("shop", [("brand", Filter())], 5)
+            assert await index.facet("shop", [("image_status", Filter())], 5) == [[("none", len(await ids(index)))]]
+        finally:
+            await index.close()
 
 
 async def test_a_creation_that_was_killed_half_way_is_begun_again(tmp_path: Path) -> None:

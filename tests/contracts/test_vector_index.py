@@ -722,6 +722,18 @@ async def test_facts_are_what_a_ranking_needs(shelf: VectorIndex) -> None:
     assert dict(await shelf.facts(SHOP, [])) == {}
 
 
+async def test_a_sample_is_of_live_products_with_their_vectors_and_stays_the_same(index: VectorIndex) -> None:
+    await index.upsert([document(f"p{number}", text=vector(1, number)) for number in range(60)])
+    await index.upsert([document("other", tenant="other"), document("gone")])
+    await index.delete([tombstone("gone", 2)])
+    await index.update_offers([offer("lone", 1, price=1.0)])
+    everything = [stored.product.product_id for stored in await index.sample(SHOP, 100)]
+    assert sorted(everything) == sorted(f"p{number}" for number in range(60))
+    some = await index.sample(SHOP, 7)
+    assert [stored.product.product_id for stored in some] == everything[:7]
+    assert all(stored.vectors.keys() == {"text"} for stored in some)
+
+
 async def test_what_can_be_counted_is_known_after_a_restart(adapter: Open) -> None:
     first = await adapter()
     await first.upsert([document("p", brand="B", attributes={"color": "red"})])

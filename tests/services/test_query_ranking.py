@@ -102,6 +102,7 @@ requests = st.fixed_dictionaries(
             max_size=3,
         ),
         "diversity": st.sampled_from([0.0, 0.3, 1.0]),
+        "min_score": st.sampled_from([0.0, 0.2, 0.6]),
         "filters": st.sets(st.sampled_from(sorted(FILTERS)), max_size=2).map(
             lambda keys: {key: FILTERS[key] for key in sorted(keys)}
         ),
@@ -356,3 +357,53 @@ async def test_facets_need_no_encoder(shop: Shop) -> None:
 )
 async def test_what_makes_no_sense_is_named(shop: Shop, field: str, body: dict[str, Any]) -> None:
     await refused(shop, field, **body)
+
+
+# --- min_score ------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_not_relevant_enough_is_left_out(shop: Shop) -> None:
+    bodies: list[dict[str, Any]] = [
+        {"query": "red shirt"},
+        {"query": "shirt", "mode": "lexical"},
+        {"query": "green", "mode": "semantic"},
+    ]
+    for body in bodies:
+        everything = await ranking(shop, **body, min_score=0)
+        assert ids(everything) == ids(await ranking(shop, **body))
+        cut = sorted(result["relevance"] for result in everything)[len(everything) // 2]
+        kept = await ranking(shop, **body, min_score=cut)
+        assert ids(kept) == [result["product_id"] for result in everything if result["relevance"] >= cut]
+        assert kept
+        assert all(0 <= result["relevance"] <= 1 for result in everything)
+        answer = await shop.search(**body, min_score=cut, limit=1)
+        assert answer["total"] == len(kept)
+    assert "relevance" not in (await ranking(shop))[0]
+
+
+async def test_the_share_of_the_words_that_was_found_is_the_relevance_of_words(shop: Shop) -> None:
+    found = {result["product_id"]: result for result in await ranking(shop, mode="lexical", min_score=0)}
+    assert found["p27"]["relevance"] > 0.9, "red shirt"
+    assert 0.2 < found["p03"]["relevance"] < 0.7, "red shoe"
+    missing = await ranking(shop, query="shirt zzzz", mode="lexical", min_score=0)
+    assert all(result["relevance"] < 0.6 for result in missing)
+    assert await ranking(shop, query="shirt zzzz", mode="lexical", min_score=0.8) == []
+
+
+async def test_facets_count_what_is_relevant_enough(shop: Shop) -> None:
+    body: dict[str, Any] = {"query": "red shirt", "min_score": 0.8, "filters": {"brand": "Velo"}}
+    answer = await shop.search(**body, facets=["attributes.color", "brand"], limit=100)
+    shown = [BY_ID[name] for name in ids(answer["results"])]
+    assert counts(answer["facets"]["attributes.color"]) == naive.counted(shown, "attributes.color")
+    others = await ranking(shop, query="red shirt", min_score=0.8)
+    assert counts(answer["facets"]["brand"]) == naive.counted([BY_ID[name] for name in ids(others)], "brand")
+
+
+async def test_a_product_asked_for_by_its_id_is_relevant(shop: Shop) -> None:
+    (found,) = await ranking(shop, query="p07", min_score=1)
+    assert (found["product_id"], found["relevance"]) == ("p07", 1)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, "0.5", True])
+async def test_a_min_score_out_of_range_is_named(shop: Shop, value: Any) -> None:
+    await refused(shop, "min_score", min_score=value)

@@ -455,7 +455,6 @@ async def test_the_url_wins_over_the_body(shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("min_score", None),
         ("surprise", 1),
     ],
 )

@@ -168,6 +168,10 @@ class SearchRequest(Value):
     diversity: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
         default=0.0, description="how much the best 200 are to differ from one another; 0: not at all"
     )
+    min_score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="leave out what is less relevant: 0 to 1, on one scale for every query; 0.55 is a good start",
+    )
     explain: bool = Field(default=False, description="say of each result what its score is made of")
     limit: Limit = 10
     offset: Offset = 0
@@ -326,6 +330,9 @@ class Hit(ProductFields):
     """One result; `include` decides which fields are there beside product_id and score."""
 
     score: float = Field(description="higher is better; its meaning per mode is in docs/reference/search.md")
+    relevance: float | None = Field(
+        default=None, description="with min_score: how sure it is that this was asked for, 0 to 1"
+    )
     variants: int | None = Field(
         default=None,
         description="with group_by group_id: how many products under the filters are of its group; 1 without one",

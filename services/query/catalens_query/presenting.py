@@ -36,6 +36,8 @@ def hit(found: searching.Hit, include: Collection[str] | None) -> Hit:
     fields = _fields(found.stored)
     if include is not None:
         fields = {name: value for name, value in fields.items() if name in include}
+    if found.relevance is not None:
+        fields["relevance"] = found.relevance
     if found.variants is not None:
         fields["variants"] = found.variants
     if found.parts is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,7 @@ from catalens.domain import (
     FacetCount,
     Facts,
     Filter,
+    Leg,
     LegHit,
     NumberKey,
     ProductId,
@@ -24,10 +27,10 @@ from catalens.domain import (
 )
 from catalens.embedding import CachedEncoder, Tower
 from catalens.errors import NotFound, NotLoaded, Transient
-from catalens.lexical import query_vector
+from catalens.lexical import query_vector, query_words
 from catalens.ports import VectorIndex
 from catalens.telemetry import Metrics, stage
-from catalens_query import facets, fusion
+from catalens_query import calibration, facets, fusion
 from catalens_query.ordering import WINDOW, Boost, Boosts, GroupBy, Groups, Pictures, Sort, boosted, diverse, sorted_by
 from catalens_query.planner import (
     LEXICAL,
@@ -56,6 +59,12 @@ ENCODER_PATIENCE: Final = 10.0
 _PRODUCT_ID: Final[TypeAdapter[str]] = TypeAdapter(ProductId)
 _SPACES: Final[tuple[DenseName, ...]] = ("image", "text")
 _NOTHING: Final[Mapping[DenseName, Embedding | None]] = {}
+_SAMPLE_AGE: Final = 600.0
+"""Seconds until random products are drawn again."""
+_MOST_SAMPLES: Final = 16
+"""Tenants whose random products are kept."""
+_MOST_WORDS: Final = 32
+"""Words of a query that are looked at one by one."""
 _CHUNK: Final = 500
 """Products about which the index is asked at once."""
 
@@ -80,6 +89,7 @@ class Order:
     group_by: GroupBy | None = None
     boosts: tuple[Boost, ...] = ()
     diversity: float = 0.0
+    min_score: float | None = None
 
 
 _BY_RELEVANCE: Final = Order()
@@ -138,6 +148,8 @@ class Hit:
     """How many products under the filters are of its group, itself included; None if that was not asked."""
     parts: Sequence[fusion.Part] | None = None
     """What its score is made of; None if that was not asked."""
+    relevance: float | None = None
+    """What `min_score` was compared with; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +189,7 @@ class _Ranking:
     facts: dict[str, Facts] = field(default_factory=dict)
     exact: str | None = None
     """The product that was asked for itself."""
+    relevance: dict[str, float] = field(default_factory=dict)
 
     def explain(self, hit: LegHit) -> list[fusion.Part]:
         """Return what the score of `hit` is made of."""
@@ -225,6 +238,7 @@ class Searcher:
         self._encoder = encoder
         self._metrics = metrics
         self._patience = encoder_patience
+        self._samples: dict[str, tuple[float, Sequence[Mapping[str, Embedding]]]] = {}
 
     async def embed_text(self, text: str) -> Embedding:
         """Return the text's vector; raises Transient (no encoder, none that answers), Overloaded and NotLoaded."""
@@ -259,14 +273,16 @@ class Searcher:
         if named is not None and not await self._exists(tenant, named, where):
             named = None
         upto = search.offset + search.limit
-        ranking = await self._rank(tenant, legs, where, upto, search.order, by_picture=by_picture, named=named)
+        ranking = await self._rank(
+            tenant, legs, where, upto, search.order, by_picture=by_picture, named=named, words=search.words
+        )
         self._metrics.searches.labels(chosen.mode, str(degraded is not None).lower()).inc()
         return Found(
             await self._page(tenant, ranking, where, search),
             chosen.mode,
             degraded,
             len(ranking.hits) if ranking.complete else None,
-            await self._count(tenant, search.facets, where, legs) if search.facets else None,
+            await self._count(tenant, search, where, legs) if search.facets else None,
         )
 
     async def similar(
@@ -346,6 +362,7 @@ class Searcher:
         *,
         by_picture: bool = False,
         named: str | None = None,
+        words: Sequence[Term] = (),
     ) -> _Ranking:
         """Return at least the first `upto` places, or all there are, the same whatever `upto` is.
 
@@ -356,14 +373,19 @@ class Searcher:
             ranking.hits, ranking.exact = fusion.first([], named), named
         collapse = self._collapser(tenant, order.group_by, ranking)
         relevant: list[LegHit] = []
-        for depth in _depths(legs, order) if legs else ():
+        depths = _depths(legs, order) if legs else ()
+        for depth in depths:
             lists = await self._lists(tenant, legs, where, depth)
             with stage(self._metrics.search_stages, "fuse"):
                 found = fusion.fuse(lists, calibrate=bool(order.boosts))
+            if order.min_score is not None:
+                ranking.relevance = await self._relevance(tenant, legs, lists, words)
+                found = [hit for hit in found if ranking.relevance[hit.product_id] >= order.min_score]
+            with stage(self._metrics.search_stages, "fuse"):
                 fresh = [hit for hit in found if hit.product_id not in ranking.tier_of]
                 ranking.tier_of.update((hit.product_id, len(ranking.tiers)) for hit in fresh)
                 ranking.tiers.append(lists)
-            complete = all(one.complete for one in lists)
+            complete = all(one.complete for one in lists) or len(depths) == 1
             exact = None
             if not relevant and order.sort == "relevance":
                 exact = named or (fusion.own_picture(lists) if by_picture else None)
@@ -376,6 +398,7 @@ class Searcher:
             ranked = len(relevant)
             relevant = fusion.extend(relevant, fresh, single=len(legs) == 1 and not order.boosts)
             if exact is not None:
+                ranking.relevance[exact] = 1.0
                 relevant, ranking.exact = fusion.first(relevant, exact), exact
                 ranking.tier_of.setdefault(exact, 0)
             new = sorted_by(order.sort, relevant[ranked:], ranking.facts)
@@ -386,6 +409,40 @@ class Searcher:
                 ranking.complete = complete
                 break
         return ranking
+
+    async def _relevance(
+        self, tenant: str, legs: Sequence[WeightedLeg], lists: Sequence[fusion.RankedList], words: Sequence[Term]
+    ) -> dict[str, float]:
+        """Return how sure it is that each product of `lists` is what was asked for, 0 to 1."""
+        names = sorted({hit.product_id for one in lists for hit in one.hits})
+        vectors: dict[str, Mapping[str, Embedding]] = {}
+        likely: dict[str, float] = {}
+        if any(leg.using != "lexical" for leg in legs):
+            for start in range(0, len(names), _CHUNK):
+                vectors |= await self._vectors(tenant, names[start : start + _CHUNK])
+            standing = calibration.Standing(legs, await self._sample(tenant))
+            likely = {name: standing.likely(known) for name, known in vectors.items()}
+        found = {hit.product_id: hit.score for one in lists if one.using == "lexical" for hit in one.hits}
+        reach = await self._reach(tenant, words) if found else 0.0
+        return {name: calibration.relevance(likely.get(name, 0.0), found.get(name, 0.0), reach) for name in names}
+
+    async def _sample(self, tenant: str) -> Sequence[Mapping[str, Embedding]]:
+        """Return the vectors of random products of the tenant, the same for a while."""
+        now = time.monotonic()
+        drawn, sample = self._samples.get(tenant, (-math.inf, ()))
+        if now - drawn > _SAMPLE_AGE:
+            sample = tuple(stored.vectors for stored in await self._index.sample(tenant, calibration.SAMPLE))
+            self._samples[tenant] = now, sample
+            while len(self._samples) > _MOST_SAMPLES:
+                del self._samples[next(iter(self._samples))]
+        return sample
+
+    async def _reach(self, tenant: str, words: Sequence[Term]) -> float:
+        """Return the lexical score of a product that has each word as well as any product of the tenant has it."""
+        single = await asyncio.to_thread(lambda: [one for term in words if term.weight > 0 for one in _weighted(term)])
+        legs = [Leg("lexical", vector, 1) for vector, _ in single[:_MOST_WORDS]]
+        best = [hits[0].score if hits else 0.0 for hits in await self._index.search(tenant, legs, Filter())]
+        return calibration.reachable(best, [share for _, share in single[:_MOST_WORDS]])
 
     async def _lists(
         self, tenant: str, legs: Sequence[WeightedLeg], where: Filter, depth: int
@@ -417,31 +474,33 @@ class Searcher:
             kept: list[LegHit] = []
             for start in range(0, len(hits), _CHUNK):
                 some = hits[start : start + _CHUNK]
-                kept += pictures.first(some, await self._vectors(tenant, some))
+                kept += pictures.first(some, await self._vectors(tenant, [hit.product_id for hit in some]))
             return kept
 
         return collapse
 
-    async def _vectors(self, tenant: str, hits: Sequence[LegHit]) -> Mapping[str, Mapping[str, Embedding]]:
+    async def _vectors(self, tenant: str, product_ids: Sequence[str]) -> dict[str, Mapping[str, Embedding]]:
         with stage(self._metrics.search_stages, "load"):
-            stored = await self._index.get(tenant, [hit.product_id for hit in hits], with_vectors=True)
+            stored = await self._index.get(tenant, product_ids, with_vectors=True)
         return {product_id: one.vectors for product_id, one in stored.items()}
 
     async def _diverse(self, tenant: str, hits: Sequence[LegHit], diversity: float) -> list[LegHit]:
-        return await asyncio.to_thread(diverse, hits, await self._vectors(tenant, hits), diversity)
+        vectors = await self._vectors(tenant, [hit.product_id for hit in hits])
+        return await asyncio.to_thread(diverse, hits, vectors, diversity)
 
     async def _count(
-        self, tenant: str, keys: Sequence[str], where: Filter, legs: Sequence[WeightedLeg]
+        self, tenant: str, search: Search, where: Filter, legs: Sequence[WeightedLeg]
     ) -> Mapping[str, Sequence[FacetCount] | Numbers]:
-        """Return the facets `keys`, each over what its own filter would hide too.
+        """Return the facets, each over what its own filter would hide too.
 
-        Every product is near to a vector; where there are only words, what has some of them is counted.
+        Every product is near to a vector; where there are only words, or what is near must be near enough, what
+        matches is counted.
         """
+        keys = search.facets
         matched = {among: among for among in (facets.without(where, key) for key in keys)}
-        if all(leg.using == "lexical" for leg in legs):
+        if search.order.min_score is not None or all(leg.using == "lexical" for leg in legs):
             for among in matched:
-                hits = (await self._lists(tenant, legs, among, TIERS[-1]))[0].hits if legs else ()
-                these = Condition("product_id", tuple(hit.product_id for hit in hits))
+                these = Condition("product_id", await self._matching(tenant, search, among, legs))
                 matched[among] = replace(among, conditions=(*among.conditions, these))
         among_of = {key: matched[facets.without(where, key)] for key in keys}
         with stage(self._metrics.search_stages, "facets"):
@@ -452,6 +511,18 @@ class Searcher:
                 key: values[key] if key in values else await self._numbers(tenant, cast("NumberKey", key), among)
                 for key, among in among_of.items()
             }
+
+    async def _matching(
+        self, tenant: str, search: Search, where: Filter, legs: Sequence[WeightedLeg]
+    ) -> tuple[str, ...]:
+        """Return the products that a search by words alone, or with `min_score`, finds under `where`."""
+        if not legs:
+            return ()
+        if search.order.min_score is None:
+            return tuple(hit.product_id for hit in (await self._lists(tenant, legs, where, TIERS[-1]))[0].hits)
+        lists = await self._lists(tenant, legs, where, _depths(legs, search.order)[0])
+        relevance = await self._relevance(tenant, legs, lists, search.words)
+        return tuple(name for name, sure in relevance.items() if sure >= search.order.min_score)
 
     async def _numbers(self, tenant: str, key: NumberKey, among: Filter) -> Numbers:
         ends = await self._index.extremes(tenant, key, among)
@@ -483,6 +554,7 @@ class Searcher:
                 hit.score,
                 sizes.get(stored.product.group_id or "", 1) if search.order.group_by == "group_id" else None,
                 ranking.explain(hit) if search.explain else None,
+                ranking.relevance[hit.product_id] if search.order.min_score is not None else None,
             )
             for hit, stored in hits
         ]
@@ -495,10 +567,18 @@ class Searcher:
 
 
 def _depths(legs: Sequence[WeightedLeg], order: Order) -> Sequence[int]:
-    """Return how deep the index is asked, one after the other: what is sorted must be whole, so only once."""
-    if order.sort == "relevance":
+    """Return how deep the index is asked, one after the other; what is sorted or judged must be whole, so only once."""
+    if order.sort == "relevance" and order.min_score is None:
         return TIERS
     return (SORTED_LEXICAL if all(leg.using == "lexical" for leg in legs) else SORTED,)
+
+
+def _weighted(term: Term) -> list[tuple[SparseVector, float]]:
+    """Return each word of the term on its own, as heavy as the term makes it."""
+    return [
+        (SparseVector(vector.indices, tuple(term.weight * value for value in vector.values)), term.weight * share)
+        for vector, share in query_words(term.text)
+    ]
 
 
 def _lexical(words: Sequence[Term]) -> SparseVector:

@@ -153,6 +153,7 @@ class QueryService:
                 group_by=body.group_by,
                 boosts=tuple(Boost(boost.field, boost.factor) for boost in body.boosts),
                 diversity=body.diversity,
+                min_score=body.min_score,
             ),
             facets=tuple(dict.fromkeys(body.facets)),
             explain=body.explain,

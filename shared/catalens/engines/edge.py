@@ -145,6 +145,10 @@ class EdgeIndex:
         found = await self._call("facts", points)
         return {payload["product_id"]: product_facts(payload) for payload in found}
 
+    async def sample(self, tenant: str, limit: int) -> Sequence[StoredProduct]:
+        """See the port. Those with the lowest point ids, which are hashes."""
+        return [stored_product(payload) for payload in await self._call("sample", tenant, limit)]
+
     async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
         """See the port."""
         counts: list[int] = await self._call("count", tenant, [plain_filter(tenant, where) for where in wheres])

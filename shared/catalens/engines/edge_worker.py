@@ -44,10 +44,8 @@ else:
     _spec.loader.exec_module(rules)
     Draft = rules.Draft
 
-FORMAT: Final = 2
+FORMAT: Final = 1
 """Version of the folder's layout; a release that changes it upgrades the folder or says what to do."""
-WITHOUT_FACETS: Final = 1
-"""The format before: read and written as ever, but what was stored in it has no fields to count."""
 LENGTH: Final = struct.Struct("<Q")
 FLUSH_EVERY: Final = 5.0
 """Seconds that a write may wait for its fsync; kill -9 costs nothing, power loss at most this."""
@@ -156,11 +154,12 @@ class Store:
         self._folder = folder
         self._namespace = UUID(bytes=namespace)
         self._lock = _lock(folder)
-        self._format = _check_meta(folder / "meta.json", spec)
+        _check_meta(folder / "meta.json", spec)
         self._shard = _open_shard(folder / "shard", int(spec["dimension"]))
         self._indexed = set(self._shard.info().payload_schema)
         self._numbers: set[str] = set()
-        self._facets: set[str] = set()
+        self._facets: set[str] | None = set()
+        """The fields that can be counted; None if products are stored here without them, by an earlier release."""
         self._sequence = 0
         self.directory = Directory(self._scan())
         self._acknowledged = os.open(folder / "acknowledged", os.O_RDWR | os.O_CREAT, 0o644)
@@ -213,10 +212,13 @@ class Store:
             for point, draft in changed.items()
         ]
         self._sequence += 1
-        for draft in changed.values():
-            new = draft.payload.get("facets", {}).keys() - self._facets
-            self._facets.update(sorted(new)[: MAX_FACET_KEYS - len(self._facets)])
-        points.append(edge.Point(MARKER, {}, {"sequence": self._sequence, "facet_keys": sorted(self._facets)}))
+        marker: Payload = {"sequence": self._sequence}
+        if self._facets is not None:
+            for draft in changed.values():
+                new = draft.payload.get("facets", {}).keys() - self._facets
+                self._facets.update(sorted(new)[: MAX_FACET_KEYS - len(self._facets)])
+            marker["facet_keys"] = sorted(self._facets)
+        points.append(edge.Point(MARKER, {}, marker))
         self._shard.update(edge.UpdateOperation.upsert_points(points))
         os.pwrite(self._acknowledged, self._sequence.to_bytes(8, "little"), 0)
         for point, draft in changed.items():
@@ -270,6 +272,13 @@ class Store:
         """Return what a ranking needs to know of the live ones among `points`."""
         return self._live([UUID(bytes=point) for point in points], payload=["product_id", "version", "offer", "doc"])
 
+    def sample(self, tenant: str, limit: int) -> list[Payload]:
+        """Return the live ones with the lowest point ids, with their vectors."""
+        request = edge.ScrollRequest(
+            limit=limit, filter=self._living(tenant, ([], [])), with_payload=True, with_vector=["image", "text"]
+        )
+        return [_with_vectors(record, with_vectors=True) for record in self._shard.scroll(request)[0]]
+
     def count(self, tenant: str, wheres: Sequence[Plain]) -> list[int]:
         """Return how many live points there are under each filter."""
         return [self._count(tenant, where) for where in wheres]
@@ -294,7 +303,7 @@ class Store:
     def _counted(self, key: str, condition: edge.Filter | None, limit: int) -> list[tuple[Any, int]]:
         name = key.removeprefix("facets.")
         if name != key:
-            if self._format == WITHOUT_FACETS:
+            if self._facets is None:
                 raise Refusal("facet", f"this index was made before values could be counted: {WAY_OUT}")
             if name not in self._facets:
                 return []
@@ -450,7 +459,7 @@ class Store:
                 payload = record.payload or {}
                 if _uuid(record.id) == MARKER:
                     self._sequence = int(payload["sequence"])
-                    self._facets.update(payload.get("facet_keys", ()))
+                    self._facets = set(payload["facet_keys"]) if "facet_keys" in payload else None
                 else:
                     self._numbers.update(payload.get("numbers", ()))
                     yield _uuid(record.id), _entry(payload)
@@ -521,20 +530,19 @@ def _lock(folder: Path) -> int:
 WAY_OUT: Final = "make a new one of the event log by `catalens reindex --rebuild`"
 
 
-def _check_meta(path: Path, spec: Mapping[str, Any]) -> int:
-    """Return the folder's format, the newest if it is new; Refusal where it cannot be read."""
+def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
     if not path.exists():
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps({"format": FORMAT, "model": dict(spec)}, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
-        return FORMAT
+        return
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        version, model = int(meta["format"]), meta["model"]
+        version, model = meta["format"], meta["model"]
         fingerprint, name = model["fingerprint"], f"{model['id']} ({model['revision']})"
     except (ValueError, KeyError, TypeError) as error:
         raise Refusal("config", f"{path} is damaged ({error!r}): {WAY_OUT}") from error
-    if version not in (WITHOUT_FACETS, FORMAT):
+    if version != FORMAT:
         raise Refusal(
             "config",
             f"the index in {path.parent} has format {version}, this release reads {FORMAT}: {WAY_OUT}",
@@ -546,7 +554,6 @@ def _check_meta(path: Path, spec: Mapping[str, Any]) -> int:
             f"{spec['id']} ({spec['revision']}), fingerprint {spec['fingerprint']}: "
             f"set CATALENS_MODEL back, or change the model by `catalens reindex --model NAME`",
         )
-    return version
 
 
 def _open_shard(folder: Path, dimension: int) -> edge.EdgeShard:

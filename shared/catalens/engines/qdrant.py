@@ -424,6 +424,19 @@ class QdrantIndex:
         payloads = [from_payload(record.payload) for record in await self._retrieve(points, _FACT_FIELDS)]
         return {payload["product_id"]: product_facts(payload) for payload in payloads if payload["state"] == "live"}
 
+    async def sample(self, tenant: str, limit: int) -> Sequence[StoredProduct]:
+        """See the port. Those with the lowest point ids, which are hashes."""
+        must, must_not = await self._conditions(tenant, Filter())
+        request = pb.ScrollPoints(
+            collection_name=self._name,
+            filter=pb.Filter(must=must, must_not=must_not),
+            limit=limit,
+            with_payload=_STORED_FIELDS,
+            with_vectors=named_vectors("image", "text"),
+        )
+        records = (await self._call(self._connection.points.Scroll, request)).result
+        return [stored_product(_payload(record)) for record in records]
+
     async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
         """See the port."""
         conditions = [await self._conditions(tenant, where) for where in wheres]
