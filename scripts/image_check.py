@@ -253,6 +253,16 @@ def _use(target: str, command: list[str], python: str, root: Path, folder: Path)
                 (picture.read_bytes(), "image/jpeg"),
             ):
                 _embeds(url, body, kind)
+        if target == "standalone":  # what docker compose's profile `demo` does
+            _imports(url, root / "opt" / "catalens", folder)
+
+
+def _imports(url: str, prefix: Path, folder: Path) -> None:
+    """Have the command line import the demo catalogue that the image carries, and wait until it is searchable."""
+    environment = {"HOME": str(folder), "CATALENS_URL": url, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["bin/catalens", "import", "--wait", "--errors", str(folder / "errors.jsonl"), "demo/catalog.jsonl"]
+    done = subprocess.run(command, cwd=prefix, env=environment, capture_output=True, text=True, check=False)
+    _require(done.returncode == 0, f"the demo catalogue is not imported: {done.stdout}{done.stderr}")
 
 
 def _embeds(url: str, body: bytes, kind: str) -> None:
