@@ -722,6 +722,15 @@ async def test_facts_are_what_a_ranking_needs(shelf: VectorIndex) -> None:
     assert dict(await shelf.facts(SHOP, [])) == {}
 
 
+async def test_tags_that_come_with_the_picture_are_counted(index: VectorIndex) -> None:
+    made = document(image_status="pending", brand="B")
+    await index.upsert([made])
+    picture = ImageUpdate(SHOP, "p", 1, "ok", image=vector(1), tagged=(made.product, {"kind": Tag("shoe", 0.9)}))
+    assert await index.update_images([picture]) == ["applied"]
+    kind, brand = await index.facet(SHOP, [("tags.kind", ALL), ("brand", ALL)], 5)
+    assert (list(kind), list(brand)) == ([("shoe", 1)], [("B", 1)])
+
+
 async def test_a_sample_is_of_live_products_with_their_vectors_and_stays_the_same(index: VectorIndex) -> None:
     await index.upsert([document(f"p{number}", text=vector(1, number)) for number in range(60)])
     await index.upsert([document("other", tenant="other"), document("gone")])

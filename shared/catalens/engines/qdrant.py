@@ -256,8 +256,7 @@ class QdrantIndex:
     async def upsert(self, documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
         """See the port."""
         items = [content_item(document, self._spec.dimension) for document in documents]
-        keys = {f"{kind}.{key}" for item in items for kind in _MANY for key in item["fields"].get(kind, ())}
-        return await self._write(items, rules.put_content, keys)
+        return await self._write(items, rules.put_content)
 
     async def update_images(self, updates: Sequence[ImageUpdate]) -> Sequence[WriteOutcome]:
         """See the port. Without a vector, only the status is set."""
@@ -271,10 +270,11 @@ class QdrantIndex:
         """See the port."""
         return await self._write([tombstone_item(write) for write in tombstones], rules.put_tombstone)
 
-    async def _write(self, items: Sequence[Item], rule: rules.Rule, keys: Iterable[str] = ()) -> list[WriteOutcome]:
+    async def _write(self, items: Sequence[Item], rule: rules.Rule) -> list[WriteOutcome]:
         """Apply `items` in order, each point by compare-and-set until it is in or refused by the rules."""
         if not items:
             return []
+        keys = {f"{kind}.{key}" for item in items for kind in _MANY for key in item.get("fields", {}).get(kind, ())}
         longest = max(len(item["product_id"]) for item in items) // _CHUNK + 1
         await self._prepare({*keys, *(f"order.l{level}" for level in range(longest))}, {i["tenant"] for i in items})
         outcomes: list[WriteOutcome] = ["superseded"] * len(items)
