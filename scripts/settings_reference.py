@@ -75,7 +75,7 @@ def _kind(variable: Variable) -> str:
     if get_origin(annotation) is tuple:
         return "JSON list"
     single: Any = options[0] if options else annotation
-    names = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", Path: "folder"}
+    names = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}
     kind = "secret" if single is SecretStr else names[single]
     bounds = [f"{sign} {bound:g}" for entry in variable.field.metadata for sign, bound in _bounds(entry)]
     return f"{kind} {', '.join(bounds)}" if bounds else kind

@@ -75,7 +75,7 @@ class Shop:
         """Return the product ids that a search finds, best first."""
         return [result["product_id"] for result in (await self.search(**body))["results"]]
 
-    async def put(self, product: Product, *pictures: bytes) -> None:
+    async def put(self, product: Product, *pictures: bytes, tenant: str = TENANT) -> None:
         """Index a product, with uploaded pictures."""
         uploads = tuple([ImageRef(blob=await self.engines.blobs.put(data)) for data in pictures])
         product = product.model_copy(update={"images": (*uploads, *product.images), "version": product.version or 1})
@@ -83,7 +83,7 @@ class Shop:
             product = product.model_copy(update={"offer_version": product.offer_version or 1})
         image = (await self.encoder.embed_image(pictures[0])).embedding if pictures else None
         document = IndexDocument(
-            tenant=TENANT,
+            tenant=tenant,
             product=product,
             image_status="ok" if pictures else "pending" if product.images else "none",
             image=image,
@@ -99,15 +99,15 @@ class Shop:
 
 
 @asynccontextmanager
-async def open_shop(data_dir: Path) -> AsyncIterator[Shop]:
-    """Open an empty shop on real engines and the tiny model."""
-    settings = Settings(
-        data_dir=data_dir,
-        model=str(TINY),
-        http=HttpSettings(max_batch=5),
-        encoder=EncoderSettings(lanes=1),
-        pictures=PictureSettings(max_bytes=500_000, max_pixels=4_000_000, allow_private_networks=True),
-    )
+async def open_shop(data_dir: Path, **given: Any) -> AsyncIterator[Shop]:
+    """Open an empty shop on real engines and the tiny model; `given` are more settings."""
+    usual: dict[str, Any] = {
+        "model": str(TINY),
+        "http": HttpSettings(max_batch=5),
+        "encoder": EncoderSettings(lanes=1),
+        "pictures": PictureSettings(max_bytes=500_000, max_pixels=4_000_000, allow_private_networks=True),
+    }
+    settings = Settings(data_dir=data_dir, **(usual | given))
     async with AsyncExitStack() as stack:
         metrics = Metrics()
         encoder = await stack.enter_async_context(open_encoder(settings, metrics))

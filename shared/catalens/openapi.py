@@ -65,8 +65,8 @@ class Operation:
     handler: Handler
     summary: str
     tag: str
-    access: Literal["public", "ingest", "query"]
-    """public needs no API key."""
+    access: Literal["public", "keyed", "ingest", "query", "admin"]
+    """The scope that the API key must have; public needs no key, keyed any."""
     description: str = ""
     params: type[BaseModel] | None = None
     """The query string, for read_params."""
@@ -113,14 +113,15 @@ class ProblemDetails(BaseModel):
 _PROBLEM_TEXT: Final[Mapping[int, str]] = {
     400: "Malformed: broken or too deeply nested JSON, NaN, wrong encoding, a broken form",
     401: "An API key is needed and none, or an unknown one, was sent",
-    403: "Not from here: another site's page, or a foreign Host on a service without API keys; or not with this key",
+    403: "Not from here: another site's page, or a foreign Host on a service without API keys; or not with this key, "
+    "whose scopes or tenant do not reach so far",
     404: "Does not exist",
     408: "The body came too slowly",
     409: "The Idempotency-Key was used with another request, or the state of things forbids this one",
     413: "Too large",
     415: "The content type is not the one of this call, or the picture is not a picture",
     422: "An invalid value; `errors` names the fields",
-    429: "Too many requests at once; see Retry-After",
+    429: "Too many requests at once, or more than this key may make; see Retry-After",
     501: "This process was started without the half of the model that this takes",
     503: "An engine is away or the disk is full; see Retry-After",
 }
@@ -156,7 +157,7 @@ def document(operations: Iterable[Operation], settings: Settings, *, title: str)
             "Retry-After": {"description": "Seconds to wait before another try", "schema": {"type": "integer"}},
         },
     }
-    if settings.api_keys:
+    if settings.keyed:
         components["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -200,7 +201,7 @@ def _size(count: int) -> str:
 
 
 def _operation(operation: Operation, settings: Settings, schemas: _Schemas) -> Json:
-    keyed = bool(settings.api_keys)
+    keyed = settings.keyed
     parameters = _parameters(operation)
     found: Json = {
         "operationId": _operation_id(operation),
@@ -222,7 +223,8 @@ def _operation(operation: Operation, settings: Settings, schemas: _Schemas) -> J
         content = _request_content(operation, schemas)
         found["requestBody"] = {"required": not operation.ndjson, "content": content}
     if keyed and operation.access != "public":
-        found["security"] = [{"bearer": []}, {"key": []}]
+        scopes = [] if operation.access == "keyed" else [operation.access]
+        found["security"] = [{"bearer": scopes}, {"key": scopes}]
     return found
 
 

@@ -36,6 +36,7 @@ from catalens.domain import (
     TopicPartition,
     WriteOutcome,
 )
+from catalens.limits import Allowance
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -402,6 +403,18 @@ class RequestMemory(Protocol):
     async def remember(self, key: str, value: bytes, *, ttl: float) -> bytes:
         """Store `value` under `key` unless it holds one that is not older than `ttl` seconds; return what it
         then holds. Atomic: of two concurrent callers one value wins, and both are told which."""
+        ...
+
+    async def close(self) -> None:
+        """Release."""
+        ...
+
+
+class RateLimiter(Protocol):
+    """Counts the requests of a client against its rate; whatever happens to what it counts with, it never raises."""
+
+    async def take(self, client: str, rate: float) -> Allowance:
+        """Grant one request if the client's bucket, which `rate` tokens a second flow into, holds one."""
         ...
 
     async def close(self) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +25,9 @@ PREFIX = "CATALENS_"
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Scope = Literal["ingest", "query", "admin"]
+SCOPES: Final[tuple[Scope, ...]] = ("ingest", "query", "admin")
+Origin = Annotated[str, StringConstraints(pattern=r"^https?://[a-z0-9.\-_\[\]:]+$")]
 
 
 class Section(BaseModel):
@@ -33,11 +37,27 @@ class Section(BaseModel):
 
 
 class ApiKey(Section):
-    """One client of the HTTP API."""
+    """One client of the HTTP API, by its secret or by the SHA-256 of it (docs/adr/0022)."""
 
-    name: Annotated[str, StringConstraints(min_length=1)] = Field(description="shown in logs")
-    secret: SecretStr = Field(min_length=16, description="sent as `Authorization: Bearer …` or `X-API-Key`")
+    name: Annotated[str, StringConstraints(min_length=1, max_length=128)] = Field(description="shown in logs")
+    secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(
+        default=None, description="sent as `Authorization: Bearer …` or `X-API-Key`"
+    )
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        default=None, description="hex SHA-256 of a secret that is not written down here"
+    )
     tenant: Tenant = DEFAULT_TENANT
+    scopes: tuple[Scope, ...] = Field(default=SCOPES, min_length=1, description="what it may do; all, if not given")
+    expires: AwareDatetime | None = Field(default=None, description="from then on it is refused")
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="requests a second; five seconds' worth may come at once"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.secret is None) == (self.sha256 is None):
+            raise ValueError("give either secret or sha256")
+        return self
 
 
 class HttpSettings(Section):
@@ -51,6 +71,15 @@ class HttpSettings(Section):
     max_wait: Seconds = Field(default=60.0, description="longest `?wait=true&timeout=`, seconds")
     max_concurrent: Count = Field(default=256, description="requests in work; one more is answered 429")
     body_timeout: Seconds = Field(default=60.0, description="a request body must arrive within this, seconds")
+    search_timeout: Seconds = Field(
+        default=15.0,
+        description="a search is answered within this, seconds; the encoder has two thirds of it, then words alone are "
+        "searched, and an index that is late is answered 503",
+    )
+    cors_origins: tuple[Origin, ...] = Field(
+        default=(),
+        description='sites whose pages may call the service from a browser, JSON list: ["https://shop.example"]',
+    )
 
 
 class LogSettings(Section):
@@ -257,6 +286,11 @@ class Settings(BaseSettings):
     api_keys: tuple[ApiKey, ...] = Field(
         default=(), description='keys that the service accepts, JSON: [{"name": "shop", "secret": "…"}]'
     )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="more keys, by the SHA-256 of their secrets, one JSON object a line as `catalens keys create` "
+        "writes it; read again when it changes",
+    )
     allow_anonymous: bool = Field(default=False, description="bind beyond loopback without any API key")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="the least that is logged"
@@ -274,6 +308,11 @@ class Settings(BaseSettings):
     pictures: PictureSettings = PictureSettings()
     encoder: EncoderSettings = EncoderSettings()
     embedder: EmbedderSettings = EmbedderSettings()
+
+    @property
+    def keyed(self) -> bool:
+        """True when callers need an API key."""
+        return bool(self.api_keys) or self.api_keys_file is not None
 
     @model_validator(mode="after")
     def _tombstones_outlive_replays(self) -> Self:

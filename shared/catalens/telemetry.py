@@ -127,6 +127,13 @@ class Metrics:
             registry=add,
         )
 
+        self.keys_readable = Gauge(
+            "catalens_api_keys_readable",
+            "0 while the file of API keys can't be read or is broken, and the earlier keys count. 1 otherwise.",
+            registry=add,
+        )
+        self.keys_readable.set(1)
+
         # --- ingest
         self.accepted = Counter("catalens_events_accepted", "Events the log acknowledged.", ["type"], registry=add)
         self.append_seconds = Histogram(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
+import asyncio
 import logging
 import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -20,9 +19,13 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from catalens import tracing
+from catalens.access import ALLOWANCE, TENANT, Door
 from catalens.domain import DEFAULT_TENANT
-from catalens.errors import CatalensError, Misconfigured, Overloaded
+from catalens.errors import CatalensError, Misconfigured
+from catalens.keys import Keyring
+from catalens.limits import TokenBuckets
 from catalens.openapi import PICTURE, Content, Handler, Operation, ProblemDetails, document
+from catalens.ports import RateLimiter
 from catalens.problems import PROBLEM_JSON, Problem, as_problem, invalid
 from catalens.reading import (
     SETTINGS,
@@ -36,7 +39,7 @@ from catalens.reading import (
     read_product_id,
     validated,
 )
-from catalens.settings import ApiKey, Settings
+from catalens.settings import Settings
 from catalens.telemetry import Metrics
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "as_problem",
     "build_app",
     "invalid",
+    "is_shared",
     "parse_json",
     "read_body",
     "read_form",
@@ -69,19 +73,20 @@ log = structlog.get_logger(__name__)
 Ready = Callable[[], Awaitable[Mapping[str, str]]]
 
 _SANE_ID: Final = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+_QUOTED: Final = re.compile("b?['\"\n]")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _PROBES: Final = frozenset({"/livez", "/readyz", "/metrics"})
 """Asked every few seconds by machines: they have no traces."""
 _SECURITY_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob: http: https:; style-src 'self'; "
-    "script-src 'self'; frame-ancestors 'none'",
+    "script-src 'self'; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "Referrer-Policy": "same-origin",
 }
 
 _METRICS: Final = web.AppKey("metrics", Metrics)
+_KEYRING: Final = web.AppKey("keyring", Keyring)
 _REQUEST_ID: Final = web.RequestKey("request_id", str)
-_TENANT: Final = web.RequestKey("tenant", str)
 _TRACEPARENT: Final = web.RequestKey("traceparent", str)
 
 
@@ -109,8 +114,13 @@ def reply(
 
 def tenant_of(request: web.Request) -> str:
     """Return the tenant that the request acts for."""
-    tenant: str = request.get(_TENANT, DEFAULT_TENANT)
+    tenant: str = request.get(TENANT, DEFAULT_TENANT)
     return tenant
+
+
+def is_shared(app: web.Application) -> bool:
+    """Return whether keys of several tenants are accepted now."""
+    return len({key.tenant for key in app[_KEYRING].keys}) > 1
 
 
 def request_id_of(request: web.Request) -> str:
@@ -136,112 +146,48 @@ def _problem_response(problem: Problem, request_id: str) -> web.Response:
     return response
 
 
-# --- who may call -------------------------------------------------------------------------------------------
-
-
-class _Door:
-    """Decides who comes in: keys if there are any, else this machine's own programs and pages only."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._keys = settings.api_keys
-        self._local_only = not settings.api_keys and not settings.allow_anonymous
-        self._limit = settings.http.max_concurrent
-        self._active = 0
-        if self._local_only and not _is_loopback(settings.http.host):
-            raise Misconfigured(
-                f"binding to {settings.http.host} without an API key would let everybody in: set CATALENS_API_KEYS, "
-                "or CATALENS_ALLOW_ANONYMOUS=true, or CATALENS_HTTP__HOST=127.0.0.1"
-            )
-
-    def check_origin(self, request: web.Request) -> None:
-        """Keep other sites' pages out where no key does it (cross-site requests, DNS rebinding)."""
-        if self._keys:
-            return
-        if request.method not in ("GET", "HEAD") and request.headers.get("Sec-Fetch-Site") == "cross-site":
-            raise Problem(403, "another site's page may not change anything here without an API key")
-        host = request.headers.get(hdrs.HOST)
-        if self._local_only and host is not None and not _is_loopback(_host_name(host)):
-            raise Problem(
-                403, "without API keys only the Host localhost is served: set CATALENS_API_KEYS, or "
-                "CATALENS_ALLOW_ANONYMOUS=true to let everybody in"
-            )  # fmt: skip
-
-    def tenant(self, request: web.Request) -> str:
-        """Return the tenant of the request's key; Problem 401 if it has none that is known."""
-        if not self._keys:
-            return DEFAULT_TENANT
-        sent = _sent_key(request)
-        known = [key for key in self._keys if _same(key, sent)]  # every key is compared: no timing tells which
-        if sent and known:
-            structlog.contextvars.bind_contextvars(client=known[0].name)
-            return known[0].tenant
-        detail = "the API key is unknown" if sent else "send an API key as Authorization: Bearer … or X-API-Key"
-        raise Problem(401, detail, headers={hdrs.WWW_AUTHENTICATE: 'Bearer realm="catalens"'})
-
-    def guard(self, operation: Operation) -> Handler:
-        """Return the operation's handler behind the key check and the limit of concurrent requests."""
-
-        async def guarded(request: web.Request) -> web.StreamResponse:
-            if operation.access != "public":
-                request[_TENANT] = self.tenant(request)
-                structlog.contextvars.bind_contextvars(tenant=request[_TENANT])
-            if self._active >= self._limit:
-                raise Overloaded(f"{self._limit} requests are in work, which is the limit")
-            self._active += 1
-            try:
-                return await operation.handler(request)
-            finally:
-                self._active -= 1
-
-        return guarded
-
-
-def _sent_key(request: web.Request) -> str:
-    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
-
-
-def _same(key: ApiKey, sent: str) -> bool:
-    return hmac.compare_digest(key.secret.get_secret_value().encode(), sent.encode("utf-8", "surrogateescape"))
-
-
-def _host_name(host: str) -> str:
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 # --- the app ------------------------------------------------------------------------------------------------
 
 
 def build_app(
-    operations: Iterable[Operation], settings: Settings, metrics: Metrics, *, ready: Ready, title: str
+    operations: Iterable[Operation],
+    settings: Settings,
+    metrics: Metrics,
+    *,
+    ready: Ready,
+    title: str,
+    limiter: RateLimiter | None = None,
 ) -> web.Application:
     """Return the app that serves `operations`, the probes, /metrics and /openapi.json.
 
     `ready` really uses what the service needs and returns, by component, "ok" or what is wrong with it.
-    Every answer that is no success is problem details. Raises Misconfigured when the bind address would let
-    everybody in.
+    `limiter` counts the requests of keys that have a rate; without one this process counts its own. Every answer that
+    is no success is problem details. Raises Misconfigured when the bind address would let everybody in, and when the
+    file of API keys is not there or broken.
     """
     table = list(operations)
-    door = _Door(settings)
+    keyring = Keyring(settings)
+    door = Door(settings, keyring, limiter or TokenBuckets())
     app = web.Application(middlewares=[_serve(door)], client_max_size=settings.http.max_body)
     app[SETTINGS] = settings
     app[_METRICS] = metrics
-    app.on_response_prepare.append(_finish_headers)
+    app[_KEYRING] = keyring
+    app.on_response_prepare.append(_finish_headers(door))
+    app.cleanup_ctx.append(_follow_keys)
     for operation in table:
         _route(app, operation.method, operation.path, door.guard(operation))
     openapi = to_json(document(table, settings, title=title))
     for path, handler in _probes(ready, metrics, openapi).items():
         _route(app, "GET", path, handler)
     return app
+
+
+async def _follow_keys(app: web.Application) -> AsyncIterator[None]:
+    task = asyncio.create_task(app[_KEYRING].follow(app[_METRICS]), name="keys.follow")
+    yield
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def _route(app: web.Application, method: str, path: str, handler: Handler) -> None:
@@ -273,7 +219,7 @@ def _probes(ready: Ready, metrics: Metrics, openapi: bytes) -> dict[str, Handler
     return {"/livez": livez, "/readyz": readyz, "/metrics": prometheus, "/openapi.json": contract}
 
 
-def _serve(door: _Door) -> Callable[..., Awaitable[web.StreamResponse]]:
+def _serve(door: Door) -> Callable[..., Awaitable[web.StreamResponse]]:
     @web.middleware
     async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
         sent = request.headers.get("X-Request-Id", "")
@@ -315,10 +261,10 @@ def _bind_ids(request: web.Request) -> None:
     structlog.contextvars.bind_contextvars(**ids)
 
 
-async def _answer(request: web.Request, handler: Handler, door: _Door) -> web.StreamResponse:
+async def _answer(request: web.Request, handler: Handler, door: Door) -> web.StreamResponse:
     try:
         door.check_origin(request)
-        return await handler(request)
+        return door.preflight(request) or await handler(request)
     except Problem as error:
         problem = error
     except CatalensError as error:
@@ -355,19 +301,29 @@ def _method_of(request: web.Request) -> str:
     return request.method if request.method in _METHODS else "other"
 
 
-async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
-    response.headers[hdrs.SERVER] = "catalens"
-    for name, text in _SECURITY_HEADERS.items():
-        response.headers.setdefault(name, text)
+def _finish_headers(door: Door) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def finish(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Request-Id"] = request.get(_REQUEST_ID, "")
+        response.headers[hdrs.SERVER] = "catalens"
+        for name, text in _SECURITY_HEADERS.items():
+            response.headers.setdefault(name, text)
+        if ALLOWANCE in request:
+            response.headers.update(request[ALLOWANCE].headers())
+        door.share(request, response)
+
+    return finish
 
 
 class _OneLine(logging.Handler):
-    """What aiohttp says about broken HTTP, as one event: a stranger must not fill the log with tracebacks."""
+    """What aiohttp says about broken HTTP, as one event: a stranger must not fill the log with tracebacks.
+
+    Its errors quote what was sent, which may be a header with a key in it: what is quoted is left out.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        log.info("http.broken", message=record.getMessage(), error=repr(error)[:500])
+        why = _QUOTED.split(str(getattr(error, "message", "")), maxsplit=1)[0].strip(" :")
+        log.info("http.broken", message=record.getMessage(), error=type(error).__name__, why=why[:200])
 
 
 def _protocol_log() -> logging.Logger:

@@ -7,6 +7,8 @@ import gzip
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import aiohttp
@@ -15,7 +17,9 @@ import structlog
 from aiohttp import FormData, web
 from jsonschema_rs import validator_for
 from pydantic import Field, SecretStr
+from structlog.testing import capture_logs
 
+from catalens import keys
 from catalens.domain import Product, Value
 from catalens.errors import (
     Conflict,
@@ -27,7 +31,8 @@ from catalens.errors import (
     StorageFull,
     Transient,
 )
-from catalens.settings import ApiKey, HttpSettings, Settings
+from catalens.keys import Keyring, digest_of
+from catalens.settings import ApiKey, HttpSettings, Scope, Settings
 from catalens.telemetry import Metrics
 from catalens.web import (
     PICTURE,
@@ -74,6 +79,8 @@ class Service:
             Operation("POST", "/form", self.form, "form", "t", "ingest", form=Fields, pictures=(PICTURE,)),
             Operation("GET", "/tenant", self.tenant, "tenant", "t", "query"),
             Operation("GET", "/page", self.tenant, "page", "t", "public"),
+            Operation("GET", "/admin", self.tenant, "admin", "t", "admin"),
+            Operation("GET", "/state", self.tenant, "state", "t", "keyed"),
             Operation("POST", "/slow", self.slow, "slow", "t", "query"),
             Operation("GET", "/error", self.fail, "error", "t", "query"),
             Operation("GET", "/stream", self.stream, "stream", "t", "query"),
@@ -503,8 +510,210 @@ async def test_no_key_or_an_unknown_one_is_401(headers: dict[str, str]) -> None:
         assert (await site.call("GET", "/livez", headers=headers))[0] == 200
 
 
+def hashed(name: str, secret: str, **more: Any) -> str:
+    return json.dumps({"name": name, "sha256": digest_of(secret), **more}) + "\n"
+
+
+def bearer(secret: str) -> dict[str, Any]:
+    return {"headers": {"Authorization": f"Bearer {secret}"}}
+
+
+@pytest.mark.parametrize(
+    ("scopes", "open_to"),
+    [
+        (("query",), {"/tenant", "/state", "/page"}),
+        (("ingest",), {"/products/a", "/state", "/page"}),
+        (("admin",), {"/admin", "/state", "/page"}),
+        (("ingest", "query", "admin"), {"/products/a", "/tenant", "/admin", "/state", "/page"}),
+    ],
+)
+async def test_a_key_does_what_its_scopes_say(scopes: tuple[Scope, ...], open_to: set[str]) -> None:
+    needed = {"/products/a": "ingest", "/tenant": "query", "/admin": "admin"}
+    async with running(api_keys=(ApiKey(name="shop", secret=SecretStr(SECRET), scopes=scopes),)) as site:
+        for path in ("/products/a", "/tenant", "/admin", "/state", "/page"):
+            method, data = ("PUT", good) if path == "/products/a" else ("GET", None)
+            headers = bearer(SECRET)["headers"] | {"Content-Type": "application/json"}
+            status, problem, _ = await site.call(method, path, data=data, headers=headers)
+            assert status == (200 if path in open_to else 403)
+            if status == 403:
+                assert problem["type"] == "urn:catalens:problem:scope"
+                assert f"the scope {needed[path]}," in problem["detail"]
+
+
+def replace(file: Path, text: str) -> None:
+    fresh = file.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(file)
+
+
+async def test_keys_of_the_file_come_and_go_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "_EVERY", 0.01)
+    file = tmp_path / "keys.jsonl"
+    file.write_text(hashed("shop", SECRET, tenant="brand-a", scopes=["query"]))
+
+    async def until(site: Site, secret: str, wanted: int) -> None:
+        async with asyncio.timeout(30):
+            while (await site.call("GET", "/tenant", **bearer(secret)))[0] != wanted:
+                await asyncio.sleep(0.01)
+
+    with capture_logs() as logs:
+        async with running(api_keys_file=file) as site:
+            status, answer, _ = await site.call("GET", "/tenant", **bearer(SECRET))
+            assert (status, answer["tenant"]) == (200, "brand-a")
+            assert (await site.call("GET", "/tenant", **bearer(OTHER)))[0] == 401
+            with file.open("a") as more:
+                more.write(hashed("successor", OTHER))
+            await until(site, OTHER, 200)
+            replace(file, hashed("successor", OTHER))
+            await until(site, SECRET, 401)
+            replace(file, "nonsense")
+            async with asyncio.timeout(30):
+                while "catalens_api_keys_readable 0.0" not in await _metrics(site):
+                    await asyncio.sleep(0.01)
+            assert (await site.call("GET", "/tenant", **bearer(OTHER)))[0] == 200
+            file.unlink()
+            assert (await site.call("GET", "/tenant", **bearer(OTHER)))[0] == 200
+            replace(file, hashed("shop", SECRET))
+            await until(site, SECRET, 200)
+            assert "catalens_api_keys_readable 1.0" in await _metrics(site)
+    broken = [line for line in logs if line["event"] == "keys.broken"]
+    assert "keys.jsonl, line 1" in broken[0]["error"]
+    assert len(broken) <= 2  # nonsense, and perhaps gone: not once a look
+    assert SECRET not in str(logs)
+    assert OTHER not in str(logs)
+
+
+async def _metrics(site: Site) -> str:
+    async with site.session.get(f"{site.url}/metrics") as answer:
+        return await answer.text()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"name": "shop"}',
+        json.dumps({"name": "shop", "secret": SECRET}),
+        hashed("shop", SECRET, scopes=[]),
+        hashed("shop", SECRET, scopes=["root"]),
+        hashed("shop", SECRET, tenant="Not A Tenant"),
+        hashed("shop", SECRET, expires="2030-01-01T00:00:00"),
+        hashed("shop", SECRET, rate=0),
+        hashed("shop", SECRET, colour="red"),
+        hashed("shop", SECRET).replace(digest_of(SECRET), SECRET),
+        hashed("a", SECRET) + hashed("b", SECRET),
+    ],
+)
+def test_a_broken_file_of_keys_stops_the_start(tmp_path: Path, content: str) -> None:
+    (tmp_path / "keys").write_text(content)
+    with pytest.raises(Misconfigured) as refused:
+        Keyring(made(api_keys_file=tmp_path / "keys"))
+    assert SECRET not in str(refused.value)
+    with pytest.raises(Misconfigured, match="cannot be read"):
+        Keyring(made(api_keys_file=tmp_path / "none"))
+
+
+async def test_a_key_ends_on_its_day() -> None:
+    past, future = (datetime.now(UTC) + timedelta(days=days) for days in (-1, 1))
+    given = (
+        ApiKey(name="old", secret=SecretStr(SECRET), expires=past),
+        ApiKey(name="new", secret=SecretStr(OTHER), expires=future),
+    )
+    async with running(api_keys=given) as site:
+        status, problem, _ = await site.call("GET", "/tenant", **bearer(SECRET))
+        assert (status, problem["detail"]) == (401, "the API key has expired")
+        assert (await site.call("GET", "/tenant", **bearer(OTHER)))[0] == 200
+
+
+async def test_a_key_over_its_rate_is_429_and_no_other_key_feels_it() -> None:
+    given = (
+        ApiKey(name="shop", secret=SecretStr(SECRET), rate=0.4),
+        ApiKey(name="other", secret=SecretStr(OTHER), tenant="other"),
+    )
+    async with running(api_keys=given) as site:
+        statuses, headers = [], []
+        for _ in range(3):
+            status, _, answered = await site.call("GET", "/tenant", **bearer(SECRET))
+            statuses.append(status)
+            headers.append(answered)
+        assert statuses == [200, 200, 429]
+        assert headers[0]["RateLimit-Policy"] == '"key";q=2;w=5'
+        assert [one["RateLimit"] for one in headers] == ['"key";r=1;t=3', '"key";r=0;t=5', '"key";r=0;t=5']
+        assert headers[2]["Retry-After"] in ("2", "3")
+        assert headers[2]["Content-Type"].startswith("application/problem+json")
+        status, _, answered = await site.call("GET", "/tenant", **bearer(OTHER))
+        assert status == 200
+        assert "RateLimit" not in answered
+        assert (await site.call("GET", "/page", **bearer(SECRET)))[0] == 200
+
+
+async def test_no_key_gets_into_a_log() -> None:
+    """Not by broken HTTP either, whose errors quote what was sent."""
+    marks = ("a-very-secret-key", "another-very-secret")
+    with capture_logs() as logs:
+        async with running(api_keys=KEYS) as site:
+            for mark in marks:
+                for name in ("Authorization: Bearer ", "X-API-Key: "):
+                    await site.raw(f"GET /tenant HTTP/1.1\r\nHost: localhost\r\n{name}{mark}\x01\r\n\r\n".encode())
+                    await site.raw(f"GET /tenant HTTP/1.1\r\nHo st: x\r\n{name}{mark}\r\n\r\n".encode())
+                    await site.raw(f"GET /tenant HTTP/1.1\r\n{name.replace(':', ' :')}{mark}\r\n\r\n".encode())
+                await site.call("GET", "/tenant", **bearer(mark))
+            await site.call("GET", "/error", **bearer(SECRET))  # a fault of our own, told with its traceback
+    assert {"http.broken", "http.failed"} <= {line["event"] for line in logs}
+    assert not [mark for mark in (*marks, SECRET) if mark in str(logs)]
+
+
+SHOP = "https://shop.example"
+
+
+async def test_pages_of_a_known_site_may_call() -> None:
+    preflight = {"Origin": SHOP, "Access-Control-Request-Method": "PUT"}
+    async with running(api_keys=KEYS, http={"cors_origins": (SHOP,)}) as site:
+        async with site.session.options(f"{site.url}/products/a", headers=preflight) as answer:
+            assert answer.status == 204
+            assert answer.headers["Access-Control-Allow-Origin"] == SHOP
+            assert "PUT" in answer.headers["Access-Control-Allow-Methods"]
+            assert "Authorization" in answer.headers["Access-Control-Allow-Headers"]
+        for path, status in (("/tenant", 200), ("/nothing", 404), ("/tenant?x=%00", 200)):
+            found, _, headers = await site.call("GET", path, headers=bearer(SECRET)["headers"] | {"Origin": SHOP})
+            assert (found, headers["Access-Control-Allow-Origin"]) == (status, SHOP)
+            assert "Retry-After" in headers["Access-Control-Expose-Headers"]
+            assert headers["Vary"] == "Origin"
+            assert "Access-Control-Allow-Credentials" not in headers
+        found, _, headers = await site.call("GET", "/tenant", headers={"Origin": SHOP})
+        assert (found, headers["Access-Control-Allow-Origin"]) == (401, SHOP)
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "https://shop.example.evil.example", "null", f"{SHOP}/", ""]
+)
+async def test_pages_of_other_sites_may_not(origin: str) -> None:
+    preflight = {"Origin": origin, "Access-Control-Request-Method": "PUT"}
+    async with running(api_keys=KEYS, http={"cors_origins": (SHOP,)}) as site:
+        for method, headers in (("OPTIONS", preflight), ("GET", {"Origin": origin, "X-API-Key": SECRET})):
+            status, _, answered = await site.call(method, "/tenant", headers=headers)
+            assert status == (200 if method == "GET" else 405)
+            assert not [name for name in answered if name.lower().startswith("access-control")]
+            assert answered["Vary"] == "Origin"
+
+
+async def test_without_keys_a_known_site_may_change_things() -> None:
+    headers = {"Sec-Fetch-Site": "cross-site", "Content-Type": "application/json"}
+    async with running(http={"cors_origins": (SHOP,)}) as site:
+        for origin, status in ((SHOP, 200), ("https://evil.example", 403)):
+            found, _, _ = await site.call("PUT", "/products/a", data=good, headers=headers | {"Origin": origin})
+            assert found == status
+
+
+@pytest.mark.parametrize("origin", ["*", "shop.example", "https://shop.example/", "https://Shop.example", "null"])
+def test_an_origin_is_exact(origin: str) -> None:
+    with pytest.raises(ValueError, match="cors_origins"):
+        HttpSettings(cors_origins=(origin,))
+
+
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "::", "192.0.2.1", "shop.example"])
-def test_binding_beyond_loopback_needs_a_key_or_permission(host: str) -> None:
+def test_binding_beyond_loopback_needs_a_key_or_permission(host: str, tmp_path: Path) -> None:
     async def ready() -> Mapping[str, str]:
         return {}
 
@@ -515,6 +724,8 @@ def test_binding_beyond_loopback_needs_a_key_or_permission(host: str) -> None:
     with pytest.raises(Misconfigured, match="CATALENS_API_KEYS"):
         build()
     build(api_keys=KEYS)
+    (tmp_path / "keys").write_text("# none yet\n")
+    build(api_keys_file=tmp_path / "keys")
     build(allow_anonymous=True)
 
 

@@ -52,7 +52,7 @@ def test_filters_that_make_no_sense(arguments: list[str], said: str) -> None:
 def test_the_page_names_every_command_and_option() -> None:
     page = PAGE.read_text(encoding="utf-8")
     group = typer.main.get_group(app)
-    assert len(group.commands) == 13
+    assert len(group.commands) == 14
     for name, command in group.commands.items():
         _, _, section = page.partition(f"\n## `catalens {name}")
         assert section, name

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from catalens.errors import Misconfigured
+from catalens.keys import digest_of
 from catalens.settings import HttpSettings, Settings, load_settings
 from catalens_standalone import doctor
 from catalens_standalone.client import local_url, service_key, service_url
@@ -92,6 +95,28 @@ def test_access(changes: dict[str, object], status: str) -> None:
     (check,) = access(Settings.model_validate(changes))
     assert check.status == status
     assert bool(check.advice) == (status != "ok")
+
+
+def test_access_by_a_file_of_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys.jsonl"
+    settings = Settings.model_validate({"http": HttpSettings(host="0.0.0.0"), "api_keys_file": file})
+
+    def states(*lines: dict[str, str]) -> list[tuple[str, str]]:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return [(check.status, check.finding) for check in access(settings)]
+
+    (missing,) = access(settings)
+    assert (missing.status, "keys.jsonl" in missing.finding) == ("fail", True)
+    assert states()[0][0] == "warn"
+    shop, erp, old = ({"name": name, "sha256": digest_of(name)} for name in ("shop", "erp", "old"))
+    assert states(shop, erp) == [("ok", "2 API keys")]
+    soon = (datetime.now(UTC) + timedelta(days=3)).isoformat()
+    assert states(shop, {**erp, "expires": soon}, {**old, "expires": "2020-01-01T00:00:00Z"}) == [
+        ("ok", "3 API keys"),
+        ("warn", f"the API key erp expires on {soon[:10]}"),
+        ("warn", "the API key old has expired"),
+    ]
+    assert states({**shop, "tenant": "Not One"})[0][0] == "fail"
 
 
 def test_a_port_that_is_taken() -> None:

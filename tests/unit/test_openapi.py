@@ -163,7 +163,7 @@ def test_keys_appear_only_where_they_are_needed() -> None:
     assert "securitySchemes" not in open_["components"]
     assert "security" not in open_["paths"]["/picture"]["get"]
     assert set(keyed["components"]["securitySchemes"]) == {"bearer", "key"}
-    assert keyed["paths"]["/picture"]["get"]["security"] == [{"bearer": []}, {"key": []}]
+    assert keyed["paths"]["/picture"]["get"]["security"] == [{"bearer": ["query"]}, {"key": ["query"]}]
     assert "401" in keyed["paths"]["/picture"]["get"]["responses"]
 
 

@@ -32,7 +32,14 @@ async def serve(settings: Settings) -> None:
             settings=settings,
             metrics=metrics,
         )
-        app = build_app(ingest.operations(), settings, metrics, ready=ingest.ready, title="Catalens ingest")
+        app = build_app(
+            ingest.operations(),
+            settings,
+            metrics,
+            ready=ingest.ready,
+            title="Catalens ingest",
+            limiter=await room.limiter(),
+        )
         async with serving(app, settings) as url:
             log.info("process.ready", service="ingest", url=url)
             await supervise({"ingest": ingest.run(stop)}, stop, drain_deadline=settings.embedder.drain_deadline)

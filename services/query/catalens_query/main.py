@@ -39,7 +39,14 @@ async def serve(settings: Settings) -> None:
             )
 
         query = CurrentQuery(generations, build)
-        app = build_app(query.operations(), settings, metrics, ready=query.ready, title="Catalens query")
+        app = build_app(
+            query.operations(),
+            settings,
+            metrics,
+            ready=query.ready,
+            title="Catalens query",
+            limiter=await room.limiter(),
+        )
         async with serving(app, settings) as url:
             log.info("process.ready", service="query", url=url, model=generations.current.info.spec.id)
             await supervise({"generations": generations.follow(stop)}, stop, drain_deadline=5.0)

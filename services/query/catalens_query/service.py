@@ -76,7 +76,7 @@ class QueryService:
         self._log = log
         self._settings = settings
         cached = None if encoder is None else CachedEncoder(encoder, cache, metrics)
-        self._searcher = Searcher(index, cached, metrics)
+        self._searcher = Searcher(index, cached, metrics, encoder_patience=settings.http.search_timeout * 2 / 3)
         self._pages = Pages()
 
     def operations(self) -> list[Operation]:
@@ -159,7 +159,7 @@ class QueryService:
             explain=body.explain,
         )
         try:
-            found = await self._searcher.search(tenant, search)
+            found = await self._in_time(self._searcher.search(tenant, search))
         except UnknownExample as error:
             raise invalid((error.field, str(error))) from error
         except NoFacet as error:
@@ -182,7 +182,7 @@ class QueryService:
         )
         info = await asyncio.to_thread(self._inspect, data)
         spec = self._spec()
-        found = await self._searcher.search(tenant_of(request), search)
+        found = await self._in_time(self._searcher.search(tenant_of(request), search))
         return reply(
             models.PictureSearchAnswer(
                 **self._answer(found, started),
@@ -203,15 +203,26 @@ class QueryService:
         started = time.perf_counter()
         product_id = read_product_id(request)
         params = read_params(request, models.SimilarParams)
-        found = await self._searcher.similar(
-            tenant_of(request),
-            product_id,
-            params.using,
-            variants=params.variants,
-            offset=params.offset,
-            limit=params.limit,
+        found = await self._in_time(
+            self._searcher.similar(
+                tenant_of(request),
+                product_id,
+                params.using,
+                variants=params.variants,
+                offset=params.offset,
+                limit=params.limit,
+            )
         )
         return reply(models.SearchAnswer(**self._answer(found, started)))
+
+    async def _in_time(self, work: Awaitable[Found]) -> Found:
+        """Return what is found; Transient when the time for it is over, whatever is late then."""
+        limit = self._settings.http.search_timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await work
+        except TimeoutError as error:
+            raise Transient(f"the search took longer than {limit:g} s") from error
 
     def _answer(self, found: Found, started: float, include: Collection[str] | None = None) -> dict[str, Any]:
         results = [hit(one, include) for one in found.hits]
@@ -369,7 +380,7 @@ class QueryService:
             Operation("GET", "/api/v1/health", self._health, "Whether searches are answered, and how well", "state",
                       "public", responses={200: models.Health}),
             Operation("GET", "/api/v1/stats", self._stats, "What is searchable and what is on its way", "state",
-                      "query", responses={200: models.Stats}),
+                      "keyed", responses={200: models.Stats}),
         ]  # fmt: skip
 
     async def _health(self, request: web.Request) -> web.Response:  # noqa: ARG002  # every handler takes one

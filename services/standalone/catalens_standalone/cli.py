@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from catalens.errors import CatalensError
-from catalens_standalone import cli_backup, cli_dlq, cli_eval, cli_model, cli_reindex, cli_topics
+from catalens_standalone import cli_backup, cli_dlq, cli_eval, cli_keys, cli_model, cli_reindex, cli_topics
 from catalens_standalone.terminal import printable
 
 # Everything heavy is imported inside the commands, so that --help and search answer at once.
@@ -522,6 +522,7 @@ app.add_typer(cli_topics.app, name="topics")
 app.add_typer(cli_dlq.app, name="dlq")
 app.add_typer(cli_model.app, name="model")
 app.add_typer(cli_eval.app, name="eval")
+app.add_typer(cli_keys.app, name="keys")
 
 
 # --- what they share --------------------------------------------------------------------------------------

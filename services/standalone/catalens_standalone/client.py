@@ -86,7 +86,8 @@ def service_key(settings: Settings) -> str | None:
     """Return the key to send: CATALENS_API_KEY, or the first that these settings make a server accept."""
     if settings.api_key is not None:
         return settings.api_key.get_secret_value()
-    return settings.api_keys[0].secret.get_secret_value() if settings.api_keys else None
+    accepted = (key.secret.get_secret_value() for key in settings.api_keys if key.secret is not None)
+    return next(accepted, None)
 
 
 class Client:

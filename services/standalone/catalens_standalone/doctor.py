@@ -11,6 +11,7 @@ import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,12 +22,14 @@ from pydantic.fields import FieldInfo
 from catalens.domain import ModelSpec
 from catalens.encoders.bundle import load_bundle, resolve
 from catalens.errors import CatalensError, Misconfigured
+from catalens.keys import Keyring
 from catalens.settings import MIB, PREFIX, Settings, load_settings
 from catalens_standalone.client import Unreachable, connect, service_key, service_url
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _ENOUGH_DISK: Final = 2048 * MIB
 _LITTLE_DISK: Final = 256 * MIB
+_SOON: Final = timedelta(days=14)
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -69,7 +72,7 @@ async def examine(environ: Mapping[str, str], env_file: Path = Path(".env")) -> 
     except Misconfigured as error:
         return [*checks, Check("settings", "fail", str(error), "see docs/reference/settings.md")]
     checks.append(Check("settings", "ok", f"{_given(named)} set, the rest at its default"))
-    checks += access(settings)
+    checks += await asyncio.to_thread(access, settings)
     checks += await asyncio.to_thread(data_folder, settings.data_dir)
     spec, model = await asyncio.to_thread(_model, settings)
     checks.append(model)
@@ -95,15 +98,32 @@ def unknown_variables(names: Iterable[str]) -> list[Check]:
 
 
 def access(settings: Settings) -> list[Check]:
-    """Return who may call the service, and a failure if it would refuse to start."""
-    if settings.api_keys:
-        return [Check("access", "ok", f"{len(settings.api_keys)} API keys")]
+    """Return who may call the service, and a failure if it would refuse to start (blocking)."""
+    if settings.keyed:
+        return _keys(settings)
     if settings.http.host in LOOPBACK:
         return [Check("access", "ok", "this machine only, without a key")]
     if settings.allow_anonymous:
         return [Check("access", "warn", f"anybody who reaches {settings.http.host} may write", "set CATALENS_API_KEYS")]
-    advice = "set CATALENS_API_KEYS, or CATALENS_ALLOW_ANONYMOUS=true where that is meant"
+    advice = "set CATALENS_API_KEYS or CATALENS_API_KEYS_FILE, or CATALENS_ALLOW_ANONYMOUS=true where that is meant"
     return [Check("access", "fail", f"{settings.http.host} is beyond loopback and there is no API key", advice)]
+
+
+def _keys(settings: Settings) -> list[Check]:
+    try:
+        keys = Keyring(settings).keys
+    except Misconfigured as error:
+        return [Check("access", "fail", str(error), "mend CATALENS_API_KEYS_FILE; see docs/how-to/protect.md")]
+    if not keys:
+        advice = "make one: catalens keys create NAME --scope query"
+        return [Check("access", "warn", f"nobody may call: {settings.api_keys_file} holds no API key", advice)]
+    checks = [Check("access", "ok", f"{len(keys)} API keys")]
+    soon = datetime.now(UTC) + _SOON
+    for key in keys:
+        if key.expires is not None and key.expires < soon:
+            state = "has expired" if key.expires < datetime.now(UTC) else f"expires on {key.expires:%Y-%m-%d}"
+            checks.append(Check("access", "warn", f"the API key {key.name} {state}", "make it a successor"))
+    return checks
 
 
 def data_folder(folder: Path) -> list[Check]:

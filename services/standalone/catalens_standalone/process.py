@@ -90,7 +90,9 @@ async def serve(settings: Settings, *, ready: Callable[[str], None] | None = Non
         query = CurrentQuery(generations, build)
         reindexing = Reindexing(engines, generations, encoders, indexes, settings, clock)
         operations = [*ingest.operations(), *query.operations(), *reindexing.operations()]
-        app = build_app(operations, settings, metrics, ready=query.ready, title="Catalens")
+        app = build_app(
+            operations, settings, metrics, ready=query.ready, title="Catalens", limiter=await room.limiter()
+        )
         url = await stack.enter_async_context(serving(app, settings))
         tasks = {
             "ingest": ingest.run(stop),

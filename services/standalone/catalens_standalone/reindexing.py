@@ -19,7 +19,7 @@ from catalens.generations import Encoders, Generations
 from catalens.openapi import Operation
 from catalens.ports import Clock, Indexes
 from catalens.settings import Settings
-from catalens.web import Problem, invalid, read_json, reply, tenant_of
+from catalens.web import Problem, invalid, is_shared, read_json, reply, tenant_of
 from catalens_embedder.reindex import Progress, Reindexer, drop
 
 log = structlog.get_logger(__name__)
@@ -91,15 +91,15 @@ class Reindexing:
         """Return the rows of the HTTP table that only the standalone process has."""
         return [
             Operation("POST", "/api/v1/reindex", self._start, "Change the model, or rebuild the index", "indexes",
-                      "ingest", description="Queries are answered by the old index until the new one is complete. "
+                      "admin", description="Queries are answered by the old index until the new one is complete. "
                       "Where keys are of several tenants, it takes one of the tenant `default`.",
                       body=ReindexRequest, responses={202: ReindexState}, problems=(409,)),
-            Operation("GET", "/api/v1/reindex", self._show, "How far the reindex is", "indexes", "ingest",
+            Operation("GET", "/api/v1/reindex", self._show, "How far the reindex is", "indexes", "admin",
                       responses={200: ReindexState}),
-            Operation("GET", "/api/v1/indexes", self._list, "The indexes that there are", "indexes", "ingest",
+            Operation("GET", "/api/v1/indexes", self._list, "The indexes that there are", "indexes", "admin",
                       responses={200: IndexList}),
             Operation("DELETE", "/api/v1/indexes/{name}", self._drop, "Delete an index that is not current", "indexes",
-                      "ingest", responses={200: IndexList}, problems=(404, 409)),
+                      "admin", responses={200: IndexList}, problems=(404, 409)),
         ]  # fmt: skip
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -199,7 +199,7 @@ class Reindexing:
     def _let_in(self, request: web.Request) -> None:
         """Where there are several tenants, keep each from what concerns them all."""
         own = tenant_of(request)
-        if own != DEFAULT_TENANT and any(key.tenant != own for key in self._settings.api_keys):
+        if own != DEFAULT_TENANT and is_shared(request.app):
             raise Problem(403, f"indexes belong to all tenants: send a key of the tenant {DEFAULT_TENANT}")
 
     # --- the note that outlives the process ---------------------------------------------------------------

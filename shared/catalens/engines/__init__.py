@@ -11,7 +11,16 @@ from typing import Self
 
 from catalens.domain import IndexInfo, ModelSpec
 from catalens.errors import Misconfigured, ModelMismatch
-from catalens.ports import BlobStore, EmbeddingCache, EventLog, ImageSource, Indexes, RequestMemory, VectorIndex
+from catalens.ports import (
+    BlobStore,
+    EmbeddingCache,
+    EventLog,
+    ImageSource,
+    Indexes,
+    RateLimiter,
+    RequestMemory,
+    VectorIndex,
+)
 from catalens.settings import Settings
 
 # The adapters are imported where they are opened: each brings its own dependencies, which a process that does not
@@ -131,6 +140,20 @@ class EngineRoom:
             memory = await SqliteMemory.open(self._folder() / "requests.sqlite")
         self._stack.push_async_callback(memory.close)
         return memory
+
+    async def limiter(self) -> RateLimiter:
+        """Open what counts the requests of API keys: Redis, or this process's memory."""
+        limiter: RateLimiter
+        if self._settings.redis.url is not None:
+            with _extra("redis"):
+                from catalens.engines.redis import RedisLimiter
+            limiter = await RedisLimiter.open(self._settings.redis)
+        else:
+            from catalens.limits import TokenBuckets
+
+            limiter = TokenBuckets()
+        self._stack.push_async_callback(limiter.close)
+        return limiter
 
     def _folder(self) -> Path:
         """Return the data folder, which nobody else may use from now on."""

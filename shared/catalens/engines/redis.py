@@ -1,11 +1,11 @@
-"""Redis as the embedding cache that all workers share, and as the memory of Idempotency-Keys."""
+"""Redis as what processes share: the embedding cache, the rates of API keys, the memory of Idempotency-Keys."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from catalens.domain import SeenPicture, sha256_hex
 from catalens.errors import Misconfigured, Transient
+from catalens.limits import WHOLE, Allowance, TokenBuckets, capacity
 from catalens.settings import RedisSettings
 
 if TYPE_CHECKING:
@@ -41,6 +42,22 @@ end
 local value = ARGV[1] .. ':' .. ARGV[3]
 redis.call('SET', KEYS[1], value, 'PX', ARGV[4])
 return value
+"""
+
+
+# In one step: fill the bucket up to now, by the clock of Redis, and take one token if there is one.
+_TAKE: Final = """
+local rate, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
+local held = redis.call('HMGET', KEYS[1], 'left', 'since')
+local left, since = tonumber(held[1] or most), tonumber(held[2] or now)
+left = math.min(most, left + math.max(0, now - since) * rate)
+local granted = 0
+if left >= tonumber(ARGV[3]) then left, granted = math.max(0, left - 1), 1 end
+redis.call('HSET', KEYS[1], 'left', string.format('%.17g', left), 'since', string.format('%.6f', now))
+redis.call('PEXPIRE', KEYS[1], math.ceil(most / rate * 1000) + 1000)
+return {granted, string.format('%.6f', left)}
 """
 
 
@@ -100,25 +117,71 @@ class CircuitBreaker:
         self._failures, self._pause, self._until, self._probing = 0, pause, now + pause, False
 
 
+class _Optional:
+    """Calls to a Redis that nobody depends on: each has a time limit, and while it is away it is not asked at all."""
+
+    def __init__(self, settings: RedisSettings, now: Callable[[], float], what: str) -> None:
+        self._timeout = settings.timeout
+        self._now = now
+        self._away, self._back, self._refused = (f"{what}.{event}" for event in ("away", "back", "refused"))
+        self._breaker = CircuitBreaker()
+        self._refusal = ""
+        self.errors = 0
+
+    @property
+    def available(self) -> bool:
+        """False while Redis is not asked."""
+        return not self._breaker.is_open
+
+    def taken(self) -> None:
+        """Note that a write was not refused."""
+        self._refusal = ""
+
+    async def call(self, call: Callable[[], Awaitable[T]]) -> T | None:
+        """Return what `call` returns; None if it fails, takes too long or is not worth trying now."""
+        if not self._breaker.allows(self._now()):
+            return None
+        try:
+            async with asyncio.timeout(self._timeout):
+                result = await call()
+        except ResponseError as error:  # it answers, and refuses: full under noeviction, a read-only replica
+            self.errors += 1
+            self._answered()
+            if str(error) != self._refusal:
+                self._refusal = str(error)
+                log.warning(self._refused, error=self._refusal)
+            return None
+        except Exception as error:  # noqa: BLE001  # the boundary: whatever goes wrong with it, it stops nobody
+            self.errors += 1
+            if self._breaker.failed(self._now()):
+                log.warning(self._away, error=f"{type(error).__name__}: {error}")
+            return None
+        except BaseException:  # cancelled
+            self._breaker.left()
+            raise
+        self._answered()
+        return result
+
+    def _answered(self) -> None:
+        if self._breaker.succeeded():
+            log.info(self._back)
+
+
 class RedisCache:
     """An EmbeddingCache in Redis, shared by every process that has the same one.
 
     Each call is one round trip. It never raises and never stops anybody: a call that fails or takes longer than the
-    time limit counts as a miss, and while Redis is away it is not asked at all (CircuitBreaker).
+    time limit counts as a miss.
     """
 
     def __init__(self, client: Redis, settings: RedisSettings, now: Callable[[], float]) -> None:
         """Take over what `open` opened."""
         self._client = client
-        self._timeout = settings.timeout
         self._tag = _TAGS[settings.precision]
         self._ttl_ms = int(settings.ttl_days * 86_400_000)
-        self._now = now
-        self._breaker = CircuitBreaker()
-        self._refusal = ""
+        self._redis = _Optional(settings, now, "cache")
         self._hits = 0
         self._misses = 0
-        self._errors = 0
 
     @classmethod
     async def open(cls, settings: RedisSettings, *, now: Callable[[], float] = time.monotonic) -> RedisCache:
@@ -129,7 +192,7 @@ class RedisCache:
         """Return what is known, in order; a value that is damaged or cannot be had in time counts as unknown."""
         values: Sequence[bytes | str | None] | None = None
         if keys:
-            values = await self._call(lambda: self._client.mget([_PREFIX + key for key in keys]))
+            values = await self._redis.call(lambda: self._client.mget([_PREFIX + key for key in keys]))
         found = [_decoded(value) if isinstance(value, bytes) else None for value in values or [None] * len(keys)]
         hits = sum(vector is not None for vector in found)
         self._hits += hits
@@ -150,12 +213,12 @@ class RedisCache:
                         raise reply
             return True
 
-        if await self._call(store):
-            self._refusal = ""
+        if await self._redis.call(store):
+            self._redis.taken()
 
     async def recall(self, url: str) -> SeenPicture | None:
         """Return what was last remembered of the picture at `url`."""
-        value = await self._call(lambda: self._client.get(_seen_key(url)))
+        value = await self._redis.call(lambda: self._client.get(_seen_key(url)))
         try:
             return None if value is None else SeenPicture.model_validate_json(value)
         except ValidationError:  # damaged
@@ -164,49 +227,52 @@ class RedisCache:
     async def remember(self, url: str, seen: SeenPicture) -> None:
         """Remember what the picture at `url` was, as long as a vector."""
         value = seen.model_dump_json()
-        await self._call(lambda: self._client.set(_seen_key(url), value, px=self._ttl_ms))
+        await self._redis.call(lambda: self._client.set(_seen_key(url), value, px=self._ttl_ms))
 
     def stats(self) -> Mapping[str, int]:
         """Return hits, misses, errors (calls that failed) and available (0 while Redis is not asked)."""
         return {
             "hits": self._hits,
             "misses": self._misses,
-            "errors": self._errors,
-            "available": 0 if self._breaker.is_open else 1,
+            "errors": self._redis.errors,
+            "available": int(self._redis.available),
         }
 
     async def close(self) -> None:
         """Release the connections."""
         await self._client.aclose()
 
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T | None:
-        """Return what `call` returns; None if it fails, takes too long or is not worth trying now."""
-        if not self._breaker.allows(self._now()):
-            return None
-        try:
-            async with asyncio.timeout(self._timeout):
-                result = await call()
-        except ResponseError as error:  # it answers, and refuses: full under noeviction, a read-only replica
-            self._errors += 1
-            self._answered()
-            if str(error) != self._refusal:
-                self._refusal = str(error)
-                log.warning("cache.refused", error=self._refusal)
-            return None
-        except Exception as error:  # noqa: BLE001  # the boundary: whatever goes wrong with a cache, it stops nobody
-            self._errors += 1
-            if self._breaker.failed(self._now()):
-                log.warning("cache.away", error=f"{type(error).__name__}: {error}")
-            return None
-        except BaseException:  # cancelled
-            self._breaker.left()
-            raise
-        self._answered()
-        return result
 
-    def _answered(self) -> None:
-        if self._breaker.succeeded():
-            log.info("cache.back")
+class RedisLimiter:
+    """A RateLimiter in Redis: processes that have the same one count together; while it is away each counts alone."""
+
+    def __init__(self, client: Redis, settings: RedisSettings, now: Callable[[], float]) -> None:
+        """Take over what `open` opened."""
+        self._client = client
+        self._redis = _Optional(settings, now, "limits")
+        self._alone = TokenBuckets(now)
+
+    @classmethod
+    async def open(cls, settings: RedisSettings, *, now: Callable[[], float] = time.monotonic) -> RedisLimiter:
+        """Prepare to talk to the server of `settings.url`, which may come later; raises Misconfigured (no URL)."""
+        return cls(_client(settings), settings, now)
+
+    async def take(self, client: str, rate: float) -> Allowance:
+        """See RateLimiter; one round trip."""
+        key = f"{_PREFIX}rate:{sha256_hex(client.encode())}"
+
+        async def ask() -> Any:  # as the script answers: granted, left
+            return await self._client.eval(_TAKE, 1, key, repr(rate), repr(capacity(rate)), repr(WHOLE))
+
+        answer = await self._redis.call(ask)
+        if answer is None:
+            return await self._alone.take(client, rate)
+        self._redis.taken()
+        return Allowance(bool(answer[0]), float(answer[1]), rate)
+
+    async def close(self) -> None:
+        """Release the connections."""
+        await self._client.aclose()
 
 
 class RedisMemory:
