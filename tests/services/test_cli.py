@@ -315,3 +315,18 @@ def test_demo_fills_itself_once_and_stops_on_ctrl_c(tmp_path: Path) -> None:
         assert "http://127.0.0.1:" in said
         assert "search" in said
         assert "Traceback" not in said + rest
+
+
+def test_the_example_of_the_clients_page_does_what_it_says(server: Standalone, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "client.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert code.count("http://127.0.0.1:8080") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("http://127.0.0.1:8080", server.url)],
+        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "lamp-1 Desk lamp, brass" in lines[0]
+    assert lines[-4:-1] == ["100 done, 0 rejected", "200 done, 0 rejected", "250 done, 0 rejected"]
+    assert lines[-1].startswith("422 urn:catalens:problem:invalid (('limit', ")

@@ -178,7 +178,7 @@ def settled(run: Run, here: dict[str, str]) -> None:
         "import asyncio; from catalens.settings import load_settings\n"
         "from catalens_standalone.client import connect\n"
         "async def main():\n"
-        "    async with connect(load_settings().url, None) as client:\n"
+        "    async with connect(load_settings()) as client:\n"
         "        while not (await client.stats()).settled: await asyncio.sleep(0.05)\n"
         "asyncio.run(main())"
     )

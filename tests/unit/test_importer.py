@@ -17,6 +17,7 @@ from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from catalens.client import CHUNK_LINES, CatalensClient
 from catalens.domain import Product
 from catalens.errors import CatalensError
 from catalens_standalone.catalogue_file import (
@@ -29,9 +30,7 @@ from catalens_standalone.catalogue_file import (
     parse_number,
     sniff_delimiter,
 )
-from catalens_standalone.client import connect
 from catalens_standalone.importer import (
-    CHUNK_LINES,
     CatalogueReader,
     Chunk,
     Importer,
@@ -497,12 +496,10 @@ async def import_into(
 ) -> tuple[Summary, list[Progress]]:
     reported: list[Progress] = []
     source = Source(path)
-    async with service.running() as url, connect(url, None) as client:
+    async with service.running() as url, CatalensClient(url, clock=clock or InstantClock()) as client:
         # The journal knows a service by its URL, and each test server has a port of its own.
         journal = Journal(source, "http://service")
-        summary = await Importer(client, clock or InstantClock()).run(
-            source, journal, restart=restart, report=reported.append
-        )
+        summary = await Importer(client).run(source, journal, restart=restart, report=reported.append)
     return summary, reported
 
 
@@ -610,7 +607,7 @@ async def test_waiting_ends_when_all_is_searchable() -> None:
     service, clock = StumblingService(), InstantClock()
     service.lags = [9, 4, 4, 0]
     left: list[int] = []
-    async with service.running() as url, connect(url, None) as client:
+    async with service.running() as url, CatalensClient(url) as client:
         await until_settled(client, clock, report=left.append)
     assert left == [9, 4]
     assert service.lags == []
@@ -619,7 +616,7 @@ async def test_waiting_ends_when_all_is_searchable() -> None:
 async def test_waiting_gives_up_when_nothing_moves() -> None:
     service, clock = StumblingService(), InstantClock()
     service.lags = [3] * 200
-    async with service.running() as url, connect(url, None) as client:
+    async with service.running() as url, CatalensClient(url) as client:
         with pytest.raises(CatalensError, match="3 events and 0 pictures are waiting and nothing moves"):
             await until_settled(client, clock, stalled_after=60.0, report=lambda _: None)
     assert clock.time > 60.0

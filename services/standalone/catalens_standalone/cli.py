@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
     from rich.table import Table
 
+    from catalens.client import CatalensClient
     from catalens.settings import Settings
-    from catalens_standalone.client import Client
     from catalens_standalone.importer import Progress, Source, Summary
 
 T = TypeVar("T")
@@ -155,17 +155,17 @@ async def _demo(settings: Settings) -> None:
 
 
 async def _fill_demo(settings: Settings, address: asyncio.Future[str]) -> None:
-    from catalens_standalone.client import connect, service_key
+    from catalens_standalone.client import connect
     from catalens_standalone.importer import Importer, Journal, Source
 
     console = _errors()
     catalogue = demo_folder() / "catalog.jsonl"
     url = await address
-    async with connect(url, service_key(settings)) as client:
+    async with connect(settings, url) as client:
         lines = (await asyncio.to_thread(catalogue.read_bytes)).splitlines()
         ids = [json.loads(line)["product_id"] for line in lines]
-        found = await asyncio.gather(*(client.product(product_id) for product_id in ids))
-        if all(product is not None and product.get("image_status") == "ok" for product in found):
+        found = await asyncio.gather(*(client.get(product_id) for product_id in ids))
+        if all(product is not None and product.image_status == "ok" for product in found):
             console.print(f"The {len(ids)} demo products are there and searchable.")
         else:
             source = Source(catalogue)
@@ -303,7 +303,7 @@ def _shown(bar: ProgressBar, source: Source) -> Callable[[Progress], None]:
     return report
 
 
-async def _settled(client: Client, console: Console) -> None:
+async def _settled(client: CatalensClient, console: Console) -> None:
     from catalens_standalone.importer import until_settled
 
     with console.status("embedding …") as status:
@@ -412,7 +412,7 @@ def _readings(key: str, text: str) -> list[str | int | float | bool]:
 
 async def _search(settings: Settings, body: dict[str, Any], *, as_json: bool) -> None:
     async with _client(settings) as client:
-        answer = await client.search(body)
+        answer = (await client.search(**body)).model_dump(mode="json", exclude_unset=True)
         if as_json:
             typer.echo(printable(json.dumps(answer, ensure_ascii=False, indent=2)))
             return
@@ -467,7 +467,7 @@ def _price(hit: dict[str, Any]) -> str:
     return "" if price is None else f"{price:,.2f} {hit.get('currency') or ''}".strip()
 
 
-async def _thumbnails(client: Client, console: Console, results: list[dict[str, Any]]) -> list[Any]:
+async def _thumbnails(client: CatalensClient, console: Console, results: list[dict[str, Any]]) -> list[Any]:
     """Return a picture or "" for each result; empty where the terminal shows none."""
     from catalens_standalone.thumbnails import Thumbnail, protocol_for
 
@@ -529,10 +529,10 @@ app.add_typer(cli_keys.app, name="keys")
 
 
 @asynccontextmanager
-async def _client(settings: Settings) -> AsyncIterator[Client]:
-    from catalens_standalone.client import connect, service_key, service_url
+async def _client(settings: Settings) -> AsyncIterator[CatalensClient]:
+    from catalens_standalone.client import connect
 
-    async with connect(service_url(settings), service_key(settings)) as client:
+    async with connect(settings) as client:
         yield client
 
 

@@ -19,7 +19,7 @@ from catalens_standalone.terminal import printable
 # Everything heavy is imported inside the commands, so that --help answers at once.
 # ruff: noqa: PLC0415
 if TYPE_CHECKING:
-    from catalens_standalone.client import Client
+    from catalens.client import CatalensClient
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def replay(
     if force and every:
         raise typer.BadParameter("--force takes IDs: --all means open letters")
 
-    async def one(client: Client, letter_id: str) -> bool:
+    async def one(client: CatalensClient, letter_id: str) -> bool:
         return await client.replay_letter(letter_id, force=force)
 
     _each("replay", "replayed", one, ids, filters, every=every, yes=yes, as_json=as_json)
@@ -141,7 +141,7 @@ def purge(
 ) -> None:
     """Drop dead letters for good; safe to repeat. Exit code 1 if one could not be dropped."""
 
-    async def one(client: Client, letter_id: str) -> bool:
+    async def one(client: CatalensClient, letter_id: str) -> bool:
         return await client.purge_letter(letter_id)
 
     filters = _filters(reason, topic, type_, product_id, since, until)
@@ -159,7 +159,7 @@ def _filters(*given: str | None) -> dict[str, str]:
 def _each(
     verb: str,
     done: str,
-    one: Callable[[Client, str], Awaitable[bool]],
+    one: Callable[[CatalensClient, str], Awaitable[bool]],
     ids: list[str] | None,
     filters: Mapping[str, str],
     *,
@@ -214,7 +214,9 @@ class _Tally:
             console.print(f"could not {verb}: {len(self.failed):,}")
 
 
-async def _all_of(ids: list[str], one: Callable[[Client, str], Awaitable[bool]], verb: str, tally: _Tally) -> None:
+async def _all_of(
+    ids: list[str], one: Callable[[CatalensClient, str], Awaitable[bool]], verb: str, tally: _Tally
+) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = _errors()
@@ -223,7 +225,7 @@ async def _all_of(ids: list[str], one: Callable[[Client, str], Awaitable[bool]],
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(verb, total=len(ids))
 
-        async def work(client: Client) -> None:
+        async def work(client: CatalensClient) -> None:
             for letter_id in todo:  # shared: each takes the next
                 await _counted(client, letter_id, one, tally)
                 bar.advance(task)
@@ -234,11 +236,10 @@ async def _all_of(ids: list[str], one: Callable[[Client, str], Awaitable[bool]],
 
 
 async def _counted(
-    client: Client, letter_id: str, one: Callable[[Client, str], Awaitable[bool]], tally: _Tally
+    client: CatalensClient, letter_id: str, one: Callable[[CatalensClient, str], Awaitable[bool]], tally: _Tally
 ) -> None:
     """Do it and count it; while the service is overloaded or away it is tried again, which repeats no effect."""
-    from catalens_standalone.client import Refused, Unreachable
-    from catalens_standalone.importer import PATIENCE
+    from catalens.client import PATIENCE, Refused, Unreachable
 
     failures = 0
     while True:
@@ -341,12 +342,12 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 
 
 @asynccontextmanager
-async def _client() -> AsyncIterator[Client]:
+async def _client() -> AsyncIterator[CatalensClient]:
     from catalens.settings import load_settings
-    from catalens_standalone.client import connect, service_key, service_url
+    from catalens_standalone.client import connect
 
     settings = load_settings()
-    async with connect(service_url(settings), service_key(settings)) as client:
+    async with connect(settings) as client:
         yield client
 
 

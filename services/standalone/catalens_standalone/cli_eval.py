@@ -22,8 +22,8 @@ from catalens.errors import CatalensError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from catalens.client import CatalensClient
     from catalens.settings import Settings
-    from catalens_standalone.client import Client
     from catalens_standalone.evaluating import Change, Figures, Interval, Query
 
 _AT_ONCE: Final = 4
@@ -190,11 +190,10 @@ async def _run(
     folder: Path,
     html: Path | None,
 ) -> Evaluation:
-    from catalens_standalone.client import connect, service_key
+    from catalens_standalone.client import connect
 
     async with AsyncExitStack() as stack:
-        key = service_key(settings)
-        clients = [await stack.enter_async_context(connect(one.url, key)) for one in configurations]
+        clients = [await stack.enter_async_context(connect(settings, one.url)) for one in configurations]
         if from_titles is not None:
             queries = await _from_titles(clients[0], from_titles)
         answers = [
@@ -209,7 +208,7 @@ async def _run(
     return found
 
 
-async def _from_titles(client: Client, count: int) -> list[Query]:
+async def _from_titles(client: CatalensClient, count: int) -> list[Query]:
     from catalens_standalone import evaluating
 
     products = []
@@ -222,7 +221,7 @@ async def _from_titles(client: Client, count: int) -> list[Query]:
     return found
 
 
-async def _ask(client: Client, queries: Sequence[Query], body: Mapping[str, Any], folder: Path) -> Answers:
+async def _ask(client: CatalensClient, queries: Sequence[Query], body: Mapping[str, Any], folder: Path) -> Answers:
     """Return what the service answers, a few queries at a time."""
     answers = Answers([[] for _ in queries], [[] for _ in queries])
     waiting = iter(enumerate(queries))
@@ -244,9 +243,9 @@ async def _ask(client: Client, queries: Sequence[Query], body: Mapping[str, Any]
 
 
 async def _ask_one(
-    client: Client, query: Query, body: Mapping[str, Any], folder: Path, answers: Answers, row: int
+    client: CatalensClient, query: Query, body: Mapping[str, Any], folder: Path, answers: Answers, row: int
 ) -> None:
-    from catalens_standalone.client import Refused
+    from catalens.client import Refused
     from catalens_standalone.evaluating import DEPTH
 
     asked = {**body, "limit": DEPTH, "include": ["name", "image"]}
@@ -271,18 +270,22 @@ async def _picture(image: str, folder: Path) -> dict[str, str]:
     return {"data": base64.b64encode(await asyncio.to_thread((folder / image).read_bytes)).decode()}
 
 
-async def _patiently(client: Client, body: Mapping[str, Any]) -> dict[str, Any]:
+async def _patiently(client: CatalensClient, body: Mapping[str, Any]) -> dict[str, Any]:
     """Search; what is refused for the moment is tried again, for about a minute."""
-    from catalens_standalone.client import Refused
+    from catalens.client import Refused
 
     for attempt in range(1, _ATTEMPTS):
         try:
-            return await client.search(body)
+            return await _searched(client, body)
         except Refused as refused:
             if not refused.passing:
                 raise
             await asyncio.sleep(refused.retry_after or min(2**attempt, 15))
-    return await client.search(body)
+    return await _searched(client, body)
+
+
+async def _searched(client: CatalensClient, body: Mapping[str, Any]) -> dict[str, Any]:
+    return (await client.search(**body)).model_dump(mode="json", exclude_unset=True)
 
 
 # --- figures ----------------------------------------------------------------------------------------------

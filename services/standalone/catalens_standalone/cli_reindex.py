@@ -15,9 +15,9 @@ from catalens_standalone.terminal import printable
 # Everything heavy is imported inside the commands, so that --help answers at once.
 # ruff: noqa: PLC0415
 if TYPE_CHECKING:
+    from catalens.client import CatalensClient
     from catalens.settings import Settings
     from catalens_embedder.reindex import Progress
-    from catalens_standalone.client import Client
     from catalens_standalone.reconciling import Finding
 
 _POLL_SECONDS = 0.5
@@ -50,11 +50,12 @@ def reindex(
 
 
 async def _reindex(settings: Settings, model: str | None, *, rebuild: bool, name: str | None) -> None:
-    from catalens_standalone.client import Unreachable, connect, service_key, service_url
+    from catalens.client import Unreachable
+    from catalens_standalone.client import connect
 
     if not (settings.kafka.bootstrap_servers and settings.qdrant.url):
         try:
-            async with connect(service_url(settings), service_key(settings)) as client:
+            async with connect(settings) as client:
                 await _asked(client, model, rebuild=rebuild, name=name)
                 return
         except Unreachable:
@@ -63,7 +64,7 @@ async def _reindex(settings: Settings, model: str | None, *, rebuild: bool, name
     await _done_here(settings, model, rebuild=rebuild, name=name)
 
 
-async def _asked(client: Client, model: str | None, *, rebuild: bool, name: str | None) -> None:
+async def _asked(client: CatalensClient, model: str | None, *, rebuild: bool, name: str | None) -> None:
     """Let the process that runs do it."""
     if name is not None:
         await client.drop_index(name)
@@ -167,10 +168,10 @@ def reconcile(
 
 
 async def _reconcile(settings: Settings, source: Any, *, repair: bool) -> bool:
-    from catalens_standalone.client import connect, service_key, service_url
+    from catalens_standalone.client import connect
     from catalens_standalone.reconciling import Reconciler
 
-    async with connect(service_url(settings), service_key(settings)) as client:
+    async with connect(settings) as client:
         lag = (await client.stats()).lag
         if lag:
             typer.echo(f"{lag:,} events are still on their way: what they change may be shown as different.", err=True)

@@ -19,12 +19,13 @@ from dotenv import dotenv_values
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from catalens.client import Unreachable
 from catalens.domain import ModelSpec
 from catalens.encoders.bundle import load_bundle, resolve
 from catalens.errors import CatalensError, Misconfigured
 from catalens.keys import Keyring
 from catalens.settings import MIB, PREFIX, Settings, load_settings
-from catalens_standalone.client import Unreachable, connect, service_key, service_url
+from catalens_standalone.client import connect
 
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _ENOUGH_DISK: Final = 2048 * MIB
@@ -188,9 +189,10 @@ def _model(settings: Settings) -> tuple[ModelSpec | None, Check]:
 
 async def _running(settings: Settings) -> Check | None:
     """Return what a process that runs already says of itself; None if there is none."""
-    url = service_url(settings)
+    client = connect(settings)
+    url = client.url
     try:
-        async with connect(url, service_key(settings)) as client:
+        async with client:
             ready, report = await client.ready()
     except Unreachable:
         return None

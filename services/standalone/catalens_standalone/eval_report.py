@@ -16,7 +16,7 @@ from catalens_standalone.cli_eval import PROXY, Evaluation, first_right, signifi
 from catalens_standalone.evaluating import MEASURES, most_changed, worst
 
 if TYPE_CHECKING:
-    from catalens_standalone.client import Client
+    from catalens.client import CatalensClient
 
 _QUERIES: Final = 30
 _SIDE: Final = 112
@@ -35,7 +35,7 @@ img{width:7rem;height:7rem;object-fit:contain;background:#f3f3f3;display:block}
 """
 
 
-async def page(found: Evaluation, clients: Sequence[Client]) -> str:
+async def page(found: Evaluation, clients: Sequence[CatalensClient]) -> str:
     """Return the document; pictures are data URIs, and one that cannot be had is left out."""
     two = len(found.figures) == 2
     rows = most_changed(found.figures[0], found.figures[1], _QUERIES) if two else worst(found.figures[0], _QUERIES)
@@ -92,7 +92,7 @@ def _table(found: Evaluation) -> str:
     return f"<table><tr>{heads}</tr>{''.join(lines)}</table>"
 
 
-async def _section(found: Evaluation, clients: Sequence[Client], row: int) -> str:
+async def _section(found: Evaluation, clients: Sequence[CatalensClient], row: int) -> str:
     query = found.queries[row]
     asked = ""
     if query.image is not None and "://" not in query.image:
@@ -114,7 +114,7 @@ async def _section(found: Evaluation, clients: Sequence[Client], row: int) -> st
     return f"<section>{head}<small>{escape(about)}</small>{''.join(lines)}</section>"
 
 
-async def _result(client: Client, hit: dict[str, Any], relevant: Any) -> str:
+async def _result(client: CatalensClient, hit: dict[str, Any], relevant: Any) -> str:
     picture = ""
     if hit.get("image"):
         try:

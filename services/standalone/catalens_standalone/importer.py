@@ -13,25 +13,19 @@ import os
 import re
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
+from catalens.client import CHUNK_BYTES, CHUNK_LINES, BulkAnswer, CatalensClient, Refused, Unreachable
 from catalens.errors import CatalensError
 from catalens.ports import Clock
-from catalens.retry import RetryPolicy, SystemClock
+from catalens.retry import SystemClock
 from catalens_standalone.catalogue_file import IMAGE_FIELDS, BadCatalogue, Row, csv_rows, json_rows
-from catalens_standalone.client import BulkAnswer, Client, Refused, Unreachable
 
-# The service lists the first 100 errors of a request: with 100 lines none goes unseen.
-CHUNK_LINES: Final = 100
-CHUNK_BYTES: Final = 8 * 1024 * 1024
-IN_FLIGHT: Final = 3
 MAX_LINE: Final = 32 * 1024 * 1024
-# A service that restarts is back by then; one that is not must be looked at.
-PATIENCE: Final = RetryPolicy(attempts=8, first=0.5, longest=30.0)
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif", ".heic")
 
 
@@ -326,9 +320,8 @@ class Journal:
 class Importer:
     """Imports one file after another into one service."""
 
-    def __init__(self, client: Client, clock: Clock | None = None) -> None:
+    def __init__(self, client: CatalensClient) -> None:
         self._client = client
-        self._clock = clock or SystemClock()
 
     async def run(
         self,
@@ -349,34 +342,26 @@ class Importer:
         resumed_from = progress.rows
         await asyncio.to_thread(journal.begin, progress)
         reader = await asyncio.to_thread(CatalogueReader, source)
-        flying: deque[tuple[Chunk, asyncio.Task[BulkAnswer]]] = deque()
         try:
             report(progress)
-            chunks = reader.chunks(skip=progress.rows)
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-                while len(flying) >= IN_FLIGHT or any(chunk.ids & other.ids for other, _ in flying):
-                    progress = await self._settle(flying, progress, journal)
+            async with (
+                aclosing(_read(reader, progress.rows)) as chunks,
+                aclosing(self._client.send_all(chunks)) as sent,
+            ):
+                async for chunk, answer in sent:
+                    progress = await self._keep(chunk, answer, progress, journal)
                     report(progress)
-                flying.append((chunk, asyncio.create_task(self._send(chunk), name=f"import.{chunk.position}")))
-            while flying:
-                progress = await self._settle(flying, progress, journal)
-                report(progress)
+        except (Refused, Unreachable) as error:
+            tried = f" ({error.tries} tries)" if error.passing else ""
+            raise ImportStopped(f"{error}{tried}") from error
         finally:
-            for _, task in flying:
-                task.cancel()
-            await asyncio.gather(*(task for _, task in flying), return_exceptions=True)
             await asyncio.to_thread(reader.close)
         await asyncio.to_thread(journal.end)
         complained = progress.rejected or progress.without_picture
         return Summary(progress, resumed_from, time.monotonic() - began, journal.errors if complained else None)
 
-    async def _settle(
-        self, flying: deque[tuple[Chunk, asyncio.Task[BulkAnswer]]], progress: Progress, journal: Journal
-    ) -> Progress:
-        """Wait for the oldest chunk and keep what it came to."""
-        chunk, task = flying[0]
-        answer = await task
-        flying.popleft()
+    async def _keep(self, chunk: Chunk, answer: BulkAnswer, progress: Progress, journal: Journal) -> Progress:
+        """Keep what a chunk came to."""
         rejected = list(chunk.rejected)
         for error in answer.errors:
             line, product_id = chunk.sent[error.line - 1]
@@ -393,26 +378,16 @@ class Importer:
         await asyncio.to_thread(journal.record, progress, complaints)
         return progress
 
-    async def _send(self, chunk: Chunk) -> BulkAnswer:
-        """Post a chunk; sent again while the service is overloaded or away, which repeats no effect."""
-        if not chunk.payload:
-            return BulkAnswer(accepted=0, rejected=0)
-        failures = 0
-        while True:
-            try:
-                return await self._client.send_lines(chunk.payload)
-            except (Refused, Unreachable) as error:
-                failures += 1
-                passing = isinstance(error, Unreachable) or error.passing
-                if not passing or failures >= PATIENCE.attempts:
-                    tried = f" ({failures} tries)" if passing else ""
-                    raise ImportStopped(f"{error}{tried}") from error
-                asked = error.retry_after or 0.0 if isinstance(error, Refused) else 0.0
-                await self._clock.sleep(max(PATIENCE.delay(failures), min(asked, PATIENCE.longest)))
+
+async def _read(reader: CatalogueReader, skip: int) -> AsyncGenerator[Chunk, None]:
+    """Yield the chunks, read in a thread."""
+    chunks = reader.chunks(skip)
+    while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        yield chunk
 
 
 async def until_settled(
-    client: Client, clock: Clock | None = None, *, stalled_after: float = 900.0, report: Callable[[int], None]
+    client: CatalensClient, clock: Clock | None = None, *, stalled_after: float = 900.0, report: Callable[[int], None]
 ) -> None:
     """Return when all that was accepted is searchable with its picture, or has failed for good.
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
 
+from catalens.client import CatalensClient, Refused
 from catalens.domain import Product, sha256_hex
 from catalens.errors import CatalensError
-from catalens_standalone.client import Client, Refused
 from catalens_standalone.importer import CatalogueReader, Source
 
 _OFFER: Final = ("price", "currency", "stock")
@@ -87,7 +87,7 @@ def difference(product_id: str, wanted: State, indexed: State) -> Finding | None
 class Reconciler:
     """One comparison, and the repair of what it found."""
 
-    def __init__(self, client: Client, source: Source) -> None:
+    def __init__(self, client: CatalensClient, source: Source) -> None:
         self._client = client
         self._source = source
         # Empty name: SQLite's own temporary file, which is gone with the connection, and in memory while it is small.
