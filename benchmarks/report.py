@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -82,6 +83,18 @@ def percentile(values: Sequence[float], share: float) -> float:
     """Return the smallest value that at least `share` of `values` do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -(-int(share * 10_000) * len(ordered) // 10_000) - 1))]
+
+
+def trend(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the least-squares slope and half its 95 % interval (normal, which looks' correlation makes too narrow)."""
+    count = len(points)
+    if count < 3:
+        return 0.0, math.inf
+    mean_x, mean_y = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    left = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
+    return slope, 1.96 * math.sqrt(left / (count - 2) / spread)
 
 
 def _cell(value: object) -> str:

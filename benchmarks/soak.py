@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Final
 
 import aiohttp
 from benchmarks.products import product
-from benchmarks.report import Row, publish
+from benchmarks.report import Row, publish, trend
 from benchmarks.stage import Stage
 
 from catalens import events
@@ -141,25 +140,13 @@ async def _index_row(url: str) -> Row:
 
 def _row(name: str, seen: Sequence[tuple[float, float]]) -> Row:
     counted = [(seconds / 3600, memory) for seconds, memory in seen if seconds >= WARM_UP]
-    slope, interval = _trend(counted)
+    slope, interval = trend(counted)
     memory = [value for _, value in counted]
     return {
         "what": f"{name}: resident MiB",
         "after warm-up": memory[0], "end": memory[-1], "min": min(memory), "max": max(memory),
         "MiB/h": slope, "± (95 %)": interval,
     }  # fmt: skip
-
-
-def _trend(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the least-squares slope and half its 95 % interval (normal, which looks' correlation makes too narrow)."""
-    count = len(points)
-    if count < 3:
-        return 0.0, math.inf
-    mean_x, mean_y = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-    left = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in points)
-    return slope, 1.96 * math.sqrt(left / (count - 2) / spread)
 
 
 if __name__ == "__main__":

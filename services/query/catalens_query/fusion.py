@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Final, Literal
 
 from catalens.domain import LegHit, VectorName
@@ -58,15 +59,17 @@ def fuse(lists: Sequence[RankedList], *, calibrate: bool = False) -> list[LegHit
     """
     if len(lists) == 1 and not calibrate:
         return _ordered({hit.product_id: hit.score for hit in lists[0].hits})
-    calibrated = [(one, _calibrated(one)) for one in lists]
-    scores: dict[str, float] = {}
-    for product_id in {hit.product_id for one in lists for hit in one.hits}:
-        judging = [
-            (one.weight, known.get(product_id, 0.0))
-            for one, known in calibrated
-            if one.judges(known=product_id in known)
-        ]
-        scores[product_id] = sum(weight * value for weight, value in judging) / sum(weight for weight, _ in judging)
+    sums: dict[str, float] = {}
+    holders: dict[str, int] = {}  # which lists hold the product, a bit each
+    for number, one in enumerate(lists):
+        for product_id, value in _calibrated(one).items():
+            sums[product_id] = sums.get(product_id, 0.0) + one.weight * value
+            holders[product_id] = holders.get(product_id, 0) | 1 << number
+    totals = {
+        held: sum(one.weight for number, one in enumerate(lists) if one.judges(known=bool(held >> number & 1)))
+        for held in set(holders.values())
+    }
+    scores = {product_id: value / totals[holders[product_id]] for product_id, value in sums.items()}
     return _ordered(scores)
 
 
@@ -129,4 +132,6 @@ def _calibration(one: RankedList) -> Callable[[float], float]:
 
 
 def _ordered(scores: Mapping[str, float]) -> list[LegHit]:
-    return sorted((LegHit(key, score) for key, score in scores.items()), key=lambda hit: (-hit.score, hit.product_id))
+    ranked = sorted(scores.items())
+    ranked.sort(key=itemgetter(1), reverse=True)  # stable: ties stay in product_id order
+    return [LegHit(product_id, score) for product_id, score in ranked]
