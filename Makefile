@@ -76,6 +76,8 @@ test-browser: $(VENV)/.dev ## the page in a real headless Chromium
 test-torch: $(VENV)/.torch ## the encoder against torch and transformers (gigabytes)
 	$(BIN)/python -m pytest tests/torch
 
+BENCH_SEARCH ?=
+OVERLOAD_MINUTES ?= 10
 GPU_PYTHON ?= $(BIN)/python
 CHAOS_KILLS ?= 20
 CHAOS_SECONDS ?= 120
@@ -95,6 +97,30 @@ bench-pipeline: engines ## events/s through Kafka, ingest over HTTP, freshness
 bench-soak: engines ## memory over SOAK_MINUTES (30) at full load
 	$(BIN)/python -m benchmarks.soak
 
+.PHONY: bench-search
+bench-search: $(VENV)/.dev ## searches on 100,000 products beside faiss and Qdrant's local mode; BENCH_SEARCH="--products 1000000"
+	$(BIN)/python -m benchmarks.search $(BENCH_SEARCH)
+
+.PHONY: bench-overload
+bench-overload: $(VENV)/.dev ## twice the capacity over OVERLOAD_MINUTES (10): what is answered, refused and remembered
+	$(BIN)/python -m benchmarks.overload --minutes $(OVERLOAD_MINUTES)
+
+.PHONY: bench-relevance
+bench-relevance: $(VENV)/.dev ## modes, languages and typos on the demo's photographs and the clip-art set
+	$(BIN)/python -m benchmarks.relevance
+
+.PHONY: bench-composed
+bench-composed: $(VENV)/.dev ## a picture and words: combiners and weights on the demo
+	$(BIN)/python -m benchmarks.composed
+
+.PHONY: bench-tags
+bench-tags: $(VENV)/.dev ## how often zero-shot tags are right on the demo
+	$(BIN)/python -m benchmarks.tags
+
+.PHONY: bench-autoscaling
+bench-autoscaling: engines ## start of a worker by phase, the autoscaling simulator, the capacity table
+	$(BIN)/python -m benchmarks.autoscaling
+
 BENCH_ENCODER ?=
 .PHONY: bench-encoder
 bench-encoder: $(VENV)/.torch ## CLIP ViT-B/32 beside its peers; BENCH_ENCODER="--quick --only bulk,latency" for a part
@@ -105,10 +131,11 @@ bench-gpu: ## the same model on this machine's GPU; takes the python that holds 
 	$(GPU_PYTHON) -m benchmarks.gpu
 
 .PHONY: reference
-reference: $(VENV)/.dev ## write docs/reference/{settings,metrics}.md, asyncapi.json and .env.example again from the code
+reference: $(VENV)/.dev ## write docs/reference/{settings,metrics}.md, asyncapi.json, .env.example, dashboards and the PrometheusRule again
 	$(BIN)/python scripts/settings_reference.py
 	$(BIN)/python scripts/metrics_reference.py
 	$(BIN)/python scripts/event_reference.py
+	$(BIN)/python scripts/monitoring.py
 
 .PHONY: screenshots
 screenshots: $(VENV)/.dev ## take the README's screenshots in a real browser
