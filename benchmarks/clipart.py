@@ -58,6 +58,12 @@ def drawings() -> list[Drawing]:
     ]
 
 
+def captions(language: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Return the label and the tags of each captioned drawing in that language, by its code."""
+    entries = _json(_unpacked(LABELS) / language / "data.json")
+    return {_code(entry["hexcode"]): (entry["label"], tuple(entry.get("tags", ()))) for entry in entries}
+
+
 def catalogue(size: int, folder: Path) -> Path:
     """Write `size` products with a picture each and return the JSONL file; made once, used again."""
     target = folder / f"catalogue-{size}.jsonl"

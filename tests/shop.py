@@ -21,6 +21,7 @@ from catalens.settings import EncoderSettings, HttpSettings, PictureSettings, Se
 from catalens.telemetry import Metrics
 from catalens.web import build_app
 from catalens_query.service import QueryService
+from catalens_query.vocabularies import Vocabularies
 
 TINY = Path(__file__).parent / "fixtures" / "bundles" / "tiny"
 TENANT = "default"
@@ -54,6 +55,8 @@ class Shop:
     wordless: TestServer
     """The same, without an encoder."""
     session: aiohttp.ClientSession
+    vocabularies: Vocabularies
+    """Of both; nothing reads them unasked."""
 
     async def call(self, method: str, path: str, *, wordless: bool = False, **options: Any) -> Answer:
         """Send one request and read the answer."""
@@ -110,6 +113,7 @@ async def open_shop(data_dir: Path, **given: Any) -> AsyncIterator[Shop]:
     settings = Settings(data_dir=data_dir, **(usual | given))
     async with AsyncExitStack() as stack:
         metrics = Metrics()
+        vocabularies = Vocabularies(settings.languages)
         encoder = await stack.enter_async_context(open_encoder(settings, metrics))
         engines = await stack.enter_async_context(open_engines(settings, encoder.spec))
 
@@ -123,6 +127,7 @@ async def open_shop(data_dir: Path, **given: Any) -> AsyncIterator[Shop]:
                 log=engines.log,
                 settings=settings,
                 metrics=metrics,
+                vocabularies=vocabularies,
             )
             app = build_app(service.operations(), settings, metrics, ready=service.ready, title="test")
             server = TestServer(app)
@@ -131,4 +136,4 @@ async def open_shop(data_dir: Path, **given: Any) -> AsyncIterator[Shop]:
             return server
 
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        yield Shop(engines, encoder, settings, await start(encoder), await start(None), session)
+        yield Shop(engines, encoder, settings, await start(encoder), await start(None), session, vocabularies)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 MAX_VERSION = 2**63 - 1
 DEFAULT_TENANT = "default"
+Language = Literal["en", "fr", "de", "es"]
+DEFAULT_LANGUAGES: tuple[Language, ...] = ("en", "fr")
+"""Part of what is stored in every index: lexical.document_vector."""
 # The namespace is part of every stored point id: it never changes.
 POINT_NAMESPACE = uuid.UUID("6d9b3a52-7d4e-5a0b-9a53-0c1f7e2b4c11")
 

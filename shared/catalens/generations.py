@@ -128,6 +128,12 @@ class Generations:
         with self.current.using() as generation:
             yield generation
 
+    @contextmanager
+    def use_index(self) -> Iterator[VectorIndex]:
+        """Yield the current index, which stays open until the end of the block."""
+        with self.use() as generation:
+            yield generation.index
+
     async def follow(self, stop: asyncio.Event) -> None:
         """Look every few seconds which index is current and load it, until `stop`; the old one answers meanwhile."""
         while not stop.is_set():

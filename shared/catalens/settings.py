@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from catalens.domain import DEFAULT_TENANT, Tenant
+from catalens.domain import DEFAULT_LANGUAGES, DEFAULT_TENANT, Language, Tenant
 from catalens.errors import Misconfigured
 
 MIB = 1024 * 1024
@@ -280,6 +280,11 @@ class Settings(BaseSettings):
     model: str = Field(default="starter", description="bundled model's name, a name under DATA_DIR/models, or a folder")
     tags_file: Path | None = Field(
         default=None, description="labels that the model tags products with, a JSON file (docs/how-to/tags.md)"
+    )
+    languages: Annotated[tuple[Language, ...], Field(min_length=1)] = Field(
+        default=DEFAULT_LANGUAGES,
+        description='languages of the catalogue and its queries, JSON list of "en", "fr", "de", "es": inflections of '
+        "their words meet. The same for every process; what is indexed already follows with `catalens reindex`",
     )
     url: str = Field(default="http://127.0.0.1:8080", description="where the command line finds the service")
     api_key: SecretStr | None = Field(default=None, description="the key that the command line sends")

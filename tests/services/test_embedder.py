@@ -26,6 +26,7 @@ from catalens.domain import (
     Filter,
     ImageRef,
     IndexDocument,
+    Leg,
     Message,
     OfferChange,
     Product,
@@ -40,6 +41,7 @@ from catalens.encoders import open_encoder
 from catalens.engines import Engines, open_engines
 from catalens.errors import InvalidEvent, Misconfigured, StorageFull, Transient
 from catalens.events import EventData
+from catalens.lexical import query_vector
 from catalens.ports import EncodedImage, Encoder, EventConsumer
 from catalens.settings import EmbedderSettings, EncoderSettings, LogSettings, PictureSettings, Settings
 from catalens.telemetry import Metrics
@@ -205,6 +207,17 @@ async def test_a_product_with_a_stored_picture_is_complete_at_once(world: World)
     assert stored is not None
     assert stored.image_status == "ok"
     assert set(stored.vectors) == {"image", "text"}
+
+
+async def test_words_are_indexed_in_the_languages_that_are_declared(world: World) -> None:
+    asked = Leg("lexical", query_vector("jacke", ("de",)), 10)
+    for product_id, languages in (("undeclared", ("en", "fr")), ("declared", ("en", "de"))):
+        world.settings = world.settings.model_copy(update={"languages": languages})
+        async with world.worker():
+            await world.send(Product(product_id=product_id, name="Jacken", version=1))
+            await world.idle()
+    (hits,) = await world.engines.index.search("default", [asked], Filter())
+    assert [hit.product_id for hit in hits] == ["declared"]
 
 
 async def test_a_product_answers_by_its_text_while_its_remote_picture_is_fetched(

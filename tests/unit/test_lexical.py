@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalens.domain import Product
-from catalens.lexical import document_vector, query_vector, text_for_embedding
+from catalens.domain import DEFAULT_LANGUAGES, Language, Product
+from catalens.lexical import document_vector, query_vector, runs, text_for_embedding, words_of
 
+FOUR: tuple[Language, ...] = ("en", "fr", "de", "es")
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
 
 
@@ -19,11 +20,11 @@ def product(name: str = "thing", product_id: str = "some-id", **fields: object) 
     return Product.model_validate({"product_id": product_id, "name": name, **fields})
 
 
-def score(document: Product, query: str) -> float:
+def score(document: Product, query: str, languages: tuple[Language, ...] = DEFAULT_LANGUAGES) -> float:
     """Return the BM25 score with every idf 1."""
-    weights = document_vector(document)
+    weights = document_vector(document, languages)
     stored = dict(zip(weights.indices, weights.values, strict=True))
-    asked = query_vector(query)
+    asked = query_vector(query, languages)
     return sum(stored.get(term, 0.0) * value for term, value in zip(asked.indices, asked.values, strict=True))
 
 
@@ -137,6 +138,63 @@ def test_terms_never_change() -> None:
     vector = query_vector("robes")
     assert vector.indices == (246623724, 566304756, 1969160346, 2441932653)
     assert vector.values == pytest.approx((0.35, 0.3, 1.0, 0.35))
+
+
+@pytest.mark.parametrize(
+    ("name", "query"),
+    [
+        ("schöne Schuhe", "schoner"),
+        ("Bücher", "bucher"),
+        ("Stühle", "Stuhl"),
+        ("zapatos", "zapato"),
+        ("camión", "camiones"),
+        ("camisetas rojas", "camiseta roja"),
+        ("dresses", "dress"),
+        ("brodées", "brodé"),
+    ],
+)
+def test_inflections_meet_in_each_language_that_is_declared(name: str, query: str) -> None:
+    assert score(product(name), query, FOUR) > 0
+
+
+def test_german_and_spanish_meet_only_where_they_are_declared() -> None:
+    assert score(product("Jacken"), "Jacke") == 0
+    assert score(product("Jacken"), "Jacke", ("en", "de")) > 0
+    assert score(product("cantando"), "cantamos") == 0
+    assert score(product("cantando"), "cantamos", ("en", "es")) > 0
+
+
+@pytest.mark.parametrize("name", ["Robe d'été brodée", "T-shirt for running", "schöne Häuser", "AB-1234 dos camisetas"])
+def test_a_language_more_adds_terms_and_changes_none(name: str) -> None:
+    # What was indexed before a language was declared is still found by the terms that it has.
+    before, after = document_vector(product(name)), document_vector(product(name), FOUR)
+    assert (
+        dict(zip(before.indices, before.values, strict=True)).items()
+        <= dict(zip(after.indices, after.values, strict=True)).items()
+    )
+    assert set(query_vector(name).indices) <= set(query_vector(name, FOUR).indices)
+
+
+def test_words_that_say_nothing_are_those_of_the_declared_languages() -> None:
+    assert score(product("x"), "una camisa", ("es",)) == score(product("x"), "camisa", ("es",))
+    both = query_vector("una camisa", ("es",)).values, query_vector("una camisa").values
+    assert sum(both[0]) == pytest.approx(sum(both[1]) - 1) or sum(both[0]) < sum(both[1])
+
+
+def test_words_that_may_have_been_meant_weigh_less() -> None:
+    shoes, written = product("shoes"), query_vector("sheos")
+    assert score(shoes, "sheos") == 0
+    meant = query_vector("sheos", meant=["shoes"])
+    stored = document_vector(shoes)
+    hit = sum(dict(zip(meant.indices, meant.values, strict=True)).get(term, 0.0) for term in stored.indices)
+    assert hit == pytest.approx(0.6)
+    assert set(written.indices) <= set(meant.indices)
+
+
+def test_the_words_of_a_text() -> None:
+    assert words_of("T-shirt d'Été, AB-12!", DEFAULT_LANGUAGES) == {"tshirt", "t", "shirt", "été", "ab12", "ab", "12"}
+    assert runs("L’ÉTÉ, t-shirt!") == ["ete", "t", "shirt"]
+    assert runs("...") == []
 
 
 @given(name=TEXT.filter(bool), description=TEXT, query=TEXT)

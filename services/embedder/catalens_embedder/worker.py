@@ -144,6 +144,7 @@ class Embedder:
         self._blobs = blobs
         self._images = MeasuredImages(images, metrics)
         self._settings = settings.embedder
+        self._languages = settings.languages
         self._reads_texts = settings.encoder.towers != "image"
         self._tagger = Tagger.of(settings, self._encoder)
         self._metrics = metrics
@@ -645,7 +646,7 @@ class Embedder:
             image_error=job.picture_error,
             image=picture,
             text=text,
-            lexical=lexical.document_vector(product),
+            lexical=lexical.document_vector(product, self._languages),
             tags={} if self._tagger is None else self._tagger.tags(text if picture is None else picture),
         )
 

@@ -12,6 +12,7 @@ from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
 from catalens_query.current import CurrentQuery
 from catalens_query.service import QueryService
+from catalens_query.vocabularies import Vocabularies
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +27,8 @@ async def serve(settings: Settings) -> None:
     ):
         cache, blobs, images, events = await room.cache(), await room.blobs(), await room.images(), await room.log()
 
+        vocabularies = Vocabularies(settings.languages)
+
         def build(generation: Generation) -> QueryService:
             return QueryService(
                 index=generation.index,
@@ -36,6 +39,7 @@ async def serve(settings: Settings) -> None:
                 log=events,
                 settings=settings,
                 metrics=metrics,
+                vocabularies=vocabularies,
             )
 
         query = CurrentQuery(generations, build)
@@ -49,7 +53,11 @@ async def serve(settings: Settings) -> None:
         )
         async with serving(app, settings) as url:
             log.info("process.ready", service="query", url=url, model=generations.current.info.spec.id)
-            await supervise({"generations": generations.follow(stop)}, stop, drain_deadline=5.0)
+            tasks = {
+                "generations": generations.follow(stop),
+                "vocabularies": vocabularies.run(generations.use_index, stop),
+            }
+            await supervise(tasks, stop, drain_deadline=5.0)
     log.info("process.stopped")
 
 

@@ -20,6 +20,7 @@ from catalens.openapi import ProblemDetails
 from catalens_query import facets, filters
 from catalens_query.ordering import GroupBy, Sort
 from catalens_query.planner import Mode, RequestMode, Using
+from catalens_query.suggesting import Kind as SuggestionKind
 
 MAX_LIMIT = 100
 MAX_OFFSET = 10_000
@@ -194,6 +195,15 @@ class Paging(Value):
 
     limit: Limit | None = None
     offset: Offset | None = None
+
+
+class SuggestParams(Value):
+    """What is being typed."""
+
+    q: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"\S")] = Field(
+        description="the text so far; its last word may be unfinished", examples=["runn"]
+    )
+    limit: Annotated[int, Field(ge=1, le=20), Integral] = 8
 
 
 class SimilarParams(Value):
@@ -382,6 +392,26 @@ class SearchAnswer(Value):
     mode: Mode = Field(description="the mode that answered")
     took_ms: float
     degraded: str | None = Field(default=None, description="why this answer is less than was asked for; else absent")
+    corrected: str | None = Field(
+        default=None, description="the words as they were read, where the catalogue knows some of them only nearly so"
+    )
+
+
+class Suggestion(Value):
+    """A text that goes on as what was typed."""
+
+    text: str
+    kind: SuggestionKind = Field(description="words to search with, or the name of a brand, a category or a product")
+    count: int | None = Field(default=None, description="how many products have it, about; absent for a product")
+    product_id: str | None = Field(default=None, description="of a product")
+
+
+class SuggestAnswer(Value):
+    """Completions, best first."""
+
+    suggestions: list[Suggestion]
+    count: int = Field(description="length of suggestions")
+    ready: bool = Field(description="false until the catalogue's words have been read: there are no suggestions then")
 
 
 class QueryImage(Value):

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from catalens.domain import (
+    DEFAULT_LANGUAGES,
     Condition,
     FacetCount,
     Facts,
     Filter,
+    Language,
     Leg,
     LegHit,
     NumberKey,
@@ -49,6 +51,8 @@ from catalens_query.planner import (
     plan,
     similar_legs,
 )
+from catalens_query.vocabularies import Vocabularies
+from catalens_query.vocabulary import Reading, Vocabulary, read
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -175,6 +179,8 @@ class Found:
     """How many there are on all pages; None if the index was not asked that deep."""
     facets: Mapping[str, Sequence[FacetCount] | Numbers] | None = None
     """What was asked to be counted."""
+    corrected: str | None = None
+    """The words as they were read, where some seemed misspelt."""
 
 
 @dataclass(slots=True)
@@ -234,11 +240,15 @@ class Searcher:
         encoder: CachedEncoder | None,
         metrics: Metrics,
         *,
+        vocabularies: Vocabularies | None = None,
+        languages: tuple[Language, ...] = DEFAULT_LANGUAGES,
         encoder_patience: float = ENCODER_PATIENCE,
     ) -> None:
         self._index = index
         self._encoder = encoder
         self._metrics = metrics
+        self._vocabularies = vocabularies or Vocabularies(languages)
+        self._languages = languages
         self._patience = encoder_patience
         self._samples: dict[str, tuple[float, Sequence[Mapping[str, Embedding]]]] = {}
 
@@ -256,22 +266,21 @@ class Searcher:
 
     async def search(self, tenant: str, search: Search) -> Found:
         """Return the page that was asked for; raises InvalidPicture, Transient, Overloaded, NotLoaded."""
+        words = await self._words(tenant, search.words)
         chosen = plan(search.mode, search.using, search.weight, words=search.words_share)
-        degraded, dense, lexical = None, _NOTHING, None
+        degraded, dense = None, _NOTHING
         if chosen.mode != "lexical":
             try:
                 with stage(self._metrics.search_stages, "encode"):
-                    dense = await self._query_vectors(tenant, search)
+                    # Beside words, what was written: a correction may be wrong, and the words do without it (ADR 21).
+                    either = search.words if words.read == search.words else (*search.words, *words.read)
+                    asked = replace(search, words=either) if chosen.mode == "semantic" else search
+                    dense = await self._query_vectors(tenant, asked)
             except (Transient, NotLoaded) as error:
                 if search.mode != "auto" or chosen.mode != "hybrid":
                     raise
                 chosen, degraded = LEXICAL, f"searched by words only: {error}"
-        if "lexical" in chosen.shares:
-            if sum(len(term.text) for term in search.words) <= _SHORT:  # a thread would cost more than it saves
-                lexical = _lexical(search.words)
-            else:
-                lexical = await asyncio.to_thread(_lexical, search.words)
-        legs = chosen.legs(dense, lexical)
+        legs = chosen.legs(dense, words.vector)
         where = replace(search.where, exclude=(*search.where.exclude, *search.products))
         by_picture = search.weight == 1 and not search.like and not search.unlike
         named = search.words[0].text.strip() if "lexical" in chosen.shares and len(search.words) == 1 else None
@@ -279,7 +288,7 @@ class Searcher:
             named = None
         upto = search.offset + search.limit
         ranking = await self._rank(
-            tenant, legs, where, upto, search.order, by_picture=by_picture, named=named, words=search.words
+            tenant, legs, where, upto, search.order, by_picture=by_picture, named=named, words=words.read
         )
         self._metrics.searches.labels(chosen.mode, str(degraded is not None).lower()).inc()
         return Found(
@@ -287,7 +296,8 @@ class Searcher:
             chosen.mode,
             degraded,
             len(ranking.hits) if ranking.complete else None,
-            await self._count(tenant, search, where, legs) if search.facets else None,
+            await self._count(tenant, replace(search, words=words.read), where, legs) if search.facets else None,
+            words.corrected,
         )
 
     async def similar(
@@ -309,6 +319,13 @@ class Searcher:
             "semantic",
             total=len(ranking.hits) if ranking.complete else None,
         )
+
+    async def _words(self, tenant: str, words: tuple[Term, ...]) -> _Words:
+        vocabulary = self._vocabularies.of(tenant)
+        short = sum(len(term.text) for term in words) <= _SHORT  # a thread would cost more than it saves
+        if short and (vocabulary is None or all(vocabulary.covers(term.text) for term in words)):
+            return _read(words, vocabulary, self._languages)
+        return await asyncio.to_thread(_read, words, vocabulary, self._languages)
 
     @property
     def _present(self) -> CachedEncoder:
@@ -444,7 +461,9 @@ class Searcher:
 
     async def _reach(self, tenant: str, words: Sequence[Term]) -> float:
         """Return the lexical score of a product that has each word as well as any product of the tenant has it."""
-        single = await asyncio.to_thread(lambda: [one for term in words if term.weight > 0 for one in _weighted(term)])
+        single = await asyncio.to_thread(
+            lambda: [one for term in words if term.weight > 0 for one in _weighted(term, self._languages)]
+        )
         legs = [Leg("lexical", vector, 1) for vector, _ in single[:_MOST_WORDS]]
         best = [hits[0].score if hits else 0.0 for hits in await self._index.search(tenant, legs, Filter())]
         return calibration.reachable(best, [share for _, share in single[:_MOST_WORDS]])
@@ -578,21 +597,46 @@ def _depths(legs: Sequence[WeightedLeg], order: Order) -> Sequence[int]:
     return (SORTED_LEXICAL if all(leg.using == "lexical" for leg in legs) else SORTED,)
 
 
-def _weighted(term: Term) -> list[tuple[SparseVector, float]]:
+def _weighted(term: Term, languages: tuple[Language, ...]) -> list[tuple[SparseVector, float]]:
     """Return each word of the term on its own, as heavy as the term makes it."""
     return [
         (SparseVector(vector.indices, tuple(term.weight * value for value in vector.values)), term.weight * share)
-        for vector, share in query_words(term.text)
+        for vector, share in query_words(term.text, languages)
     ]
 
 
-def _lexical(words: Sequence[Term]) -> SparseVector:
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """The words of a search as they were read."""
+
+    vector: SparseVector
+    read: tuple[Term, ...]
+    """With the likeliest correction of each that seemed misspelt."""
+    corrected: str | None = None
+
+
+def _read(words: tuple[Term, ...], vocabulary: Vocabulary | None, languages: tuple[Language, ...]) -> _Words:
+    """Return the words with what may have been meant by those that the catalogue does not know."""
+    readings = [None if vocabulary is None else read(one.text, vocabulary) for one in words]
+    vector = _lexical(words, readings, languages)
+    if not any(readings):
+        return _Words(vector, words)
+    read_as = tuple(
+        one if reading is None else replace(one, text=reading.text)
+        for one, reading in zip(words, readings, strict=True)
+    )
+    corrected = " ".join(one.text for one in read_as if one.weight > 0)
+    changed = any(reading is not None and one.weight > 0 for one, reading in zip(words, readings, strict=True))
+    return _Words(vector, read_as, corrected if changed else None)
+
+
+def _lexical(
+    words: Sequence[Term], readings: Sequence[Reading | None], languages: tuple[Language, ...]
+) -> SparseVector:
     """Return the terms of all words, each as heavy as its words; what is not wanted counts against a product."""
-    if len(words) == 1 and words[0].weight == 1:
-        return query_vector(words[0].text)
     terms: defaultdict[int, float] = defaultdict(float)
-    for one in words:
-        vector = query_vector(one.text)
+    for one, reading in zip(words, readings, strict=True):
+        vector = query_vector(one.text, languages, meant=() if reading is None else reading.meant)
         for index, value in zip(vector.indices, vector.values, strict=True):
             terms[index] += one.weight * value
     kept = sorted((index, value) for index, value in terms.items() if value)

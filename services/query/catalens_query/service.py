@@ -41,6 +41,8 @@ from catalens_query.ordering import Boost
 from catalens_query.pages import Pages, conditional, has_current
 from catalens_query.presenting import export_line, facet, hit, product_answer
 from catalens_query.searching import Example, Found, Order, Search, Searcher, Term, UnknownExample
+from catalens_query.suggesting import Suggester
+from catalens_query.vocabularies import Vocabularies
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -67,6 +69,7 @@ class QueryService:
         log: EventLog,
         settings: Settings,
         metrics: Metrics,
+        vocabularies: Vocabularies | None = None,
     ) -> None:
         self._index = index
         self._encoder = encoder
@@ -76,7 +79,17 @@ class QueryService:
         self._log = log
         self._settings = settings
         cached = None if encoder is None else CachedEncoder(encoder, cache, metrics)
-        self._searcher = Searcher(index, cached, metrics, encoder_patience=settings.http.search_timeout * 2 / 3)
+        languages = settings.languages
+        vocabularies = vocabularies or Vocabularies(languages)  # never read: nothing is corrected nor suggested
+        self._searcher = Searcher(
+            index,
+            cached,
+            metrics,
+            vocabularies=vocabularies,
+            languages=languages,
+            encoder_patience=settings.http.search_timeout * 2 / 3,
+        )
+        self._suggester = Suggester(index, vocabularies)
         self._pages = Pages()
 
     def operations(self) -> list[Operation]:
@@ -121,6 +134,11 @@ class QueryService:
                 responses={200: models.PictureSearchAnswer}, problems=(501,)),
             row("POST", "search/batch", self._search_batch, "Several searches in one call",
                 body=models.SearchBatch, responses={200: models.SearchBatchAnswer}),
+            row("GET", "suggest", self._suggest, "Completions of what is being typed",
+                description="Words, brands, categories and product names of the catalogue. Case and accents do not "
+                "matter, and one word may have one typo. Brands, categories and words are as old as the last reading "
+                "of the catalogue, product names are of now.",
+                params=models.SuggestParams, responses={200: models.SuggestAnswer}),
             row("GET", "products/{product_id}/similar", self._similar, "More like this",
                 params=models.SimilarParams, responses={200: models.SearchAnswer}, problems=(404,)),
         ]  # fmt: skip
@@ -224,6 +242,15 @@ class QueryService:
         except TimeoutError as error:
             raise Transient(f"the search took longer than {limit:g} s") from error
 
+    async def _suggest(self, request: web.Request) -> web.Response:
+        params = read_params(request, models.SuggestParams)
+        found = await self._suggester.suggest(tenant_of(request), params.q, params.limit)
+        suggestions = [
+            models.Suggestion(**{name: value for name, value in asdict(one).items() if value is not None})
+            for one in found or ()
+        ]
+        return reply(models.SuggestAnswer(suggestions=suggestions, count=len(suggestions), ready=found is not None))
+
     def _answer(self, found: Found, started: float, include: Collection[str] | None = None) -> dict[str, Any]:
         results = [hit(one, include) for one in found.hits]
         answer: dict[str, Any] = {
@@ -237,7 +264,8 @@ class QueryService:
             answer["total"] = found.total
         if found.facets is not None:
             answer["facets"] = {name: facet(counted) for name, counted in found.facets.items()}
-        return answer if found.degraded is None else {**answer, "degraded": found.degraded}
+        more = {"degraded": found.degraded, "corrected": found.corrected}
+        return answer | {name: text for name, text in more.items() if text is not None}
 
     # --- products -------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from catalens_embedder.worker import Embedder, require_pictures
 from catalens_ingest.service import BundleInfo, IngestService
 from catalens_query.current import CurrentQuery
 from catalens_query.service import QueryService
+from catalens_query.vocabularies import Vocabularies
 from catalens_standalone.reindexing import Reindexing
 
 log = structlog.get_logger(__name__)
@@ -53,6 +54,8 @@ async def serve(settings: Settings, *, ready: Callable[[str], None] | None = Non
             spec = generations.current.info.spec
             return BundleInfo(spec.family, spec.dimension)
 
+        vocabularies = Vocabularies(settings.languages)
+
         def build(generation: Generation) -> QueryService:
             return QueryService(
                 index=generation.index,
@@ -63,6 +66,7 @@ async def serve(settings: Settings, *, ready: Callable[[str], None] | None = Non
                 log=engines.log,
                 settings=settings,
                 metrics=metrics,
+                vocabularies=vocabularies,
             )
 
         def employ(generation: Generation) -> Embedder:
@@ -98,6 +102,7 @@ async def serve(settings: Settings, *, ready: Callable[[str], None] | None = Non
             "ingest": ingest.run(stop),
             "embedder": work(generations, indexes, employ, stop),
             "generations": generations.follow(stop),
+            "vocabularies": vocabularies.run(generations.use_index, stop),
             "reindexing": reindexing.run(stop),
             "housekeeping": keep_house(generations, engines.log, engines.blobs, settings, clock, stop),
         }

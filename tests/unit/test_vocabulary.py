@@ -1,0 +1,194 @@
+"""Which words are taken for which, what is left alone, and that memory is bounded."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from catalens.domain import DEFAULT_LANGUAGES, Product
+from catalens.lexical import fold, stems
+from catalens_query.vocabulary import LONGEST, SHORTEST, Tally, Vocabulary, read
+
+WORDS = st.text("abcdeé", min_size=1, max_size=12)
+
+
+def vocabulary(*names: str, description: str = "", most_words: int = 1000) -> Vocabulary:
+    tally = Tally(DEFAULT_LANGUAGES, most_words)
+    tally.add(
+        Product(product_id=str(number), name=name, description=description, version=1)
+        for number, name in enumerate(names)
+    )
+    return tally.vocabulary()
+
+
+def edits(one: str, other: str) -> int:
+    """Return the edits between two words: the textbook's table, for comparison."""
+    table = [[max(row, column) for column in range(len(other) + 1)] for row in range(len(one) + 1)]
+    for row in range(1, len(one) + 1):
+        for column in range(1, len(other) + 1):
+            table[row][column] = min(
+                table[row - 1][column] + 1,
+                table[row][column - 1] + 1,
+                table[row - 1][column - 1] + (one[row - 1] != other[column - 1]),
+            )
+            if one[max(0, row - 2) : row] == other[max(0, column - 2) : column][::-1] and min(row, column) > 1:
+                table[row][column] = min(table[row][column], table[row - 2][column - 2] + 1)
+    return table[-1][-1]
+
+
+def some_edits(one: str, other: str) -> int:
+    """Return the edits between a word and that beginning of another which is nearest."""
+    return min(edits(one, other[:length]) for length in range(len(other) + 1))
+
+
+@given(words=st.lists(WORDS, min_size=1, max_size=12), asked=WORDS)
+@settings(max_examples=300)
+def test_corrections_are_near_and_known_and_a_known_word_has_none(words: list[str], asked: str) -> None:
+    known, asked = vocabulary(*words), fold(asked)
+    corrections = known.corrections(asked)
+    kept = {fold(word) for word in words if len(word) > 1 and fold(word) in known}
+    assert set(corrections) <= kept
+    if known.knows(asked) or asked in kept:
+        assert not corrections
+        return
+    most = 2 if len(asked) >= 8 else 1
+    nearest = min((edits(asked, word) for word in kept), default=99)
+    assert {edits(asked, word) for word in corrections} <= set(range(nearest, most + 1))
+    if len(asked) >= SHORTEST:
+        assert bool(corrections) == (nearest <= most)
+
+
+@given(words=st.lists(WORDS, min_size=1, max_size=12), asked=WORDS)
+@settings(max_examples=200)
+def test_completions_begin_as_asked_or_nearly_so_and_miss_no_stem(words: list[str], asked: str) -> None:
+    known, asked = vocabulary(*words), fold(asked)
+    kept = {fold(word) for word in words if fold(word) in known}
+    found = known.completions(asked, 100)
+    assert set(found) <= {word for word in kept if word.startswith(asked)}
+    families = set().union(*(stems(word, DEFAULT_LANGUAGES) for word in found))
+    assert all(stems(word, DEFAULT_LANGUAGES) & families for word in kept if word.startswith(asked))
+    assume(len(asked) >= SHORTEST)
+    near = known.near_completions(asked, 100)
+    expected = {word for word in kept if some_edits(asked, word) <= 1}
+    assert set(near) <= expected
+    families = set().union(*(stems(word, DEFAULT_LANGUAGES) for word in near))
+    assert all(stems(word, DEFAULT_LANGUAGES) & families for word in expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "corrections"),
+    [
+        ("laptp", ("laptop",)),
+        ("lpatop", ("laptop",)),
+        ("laptopp", ("laptop",)),
+        ("paptop", ("laptop",)),
+        ("sneekesr", ("sneakers",)),  # two edits, and long enough for two
+        ("loptap", ()),  # two edits, and too short
+        ("teh", ()),  # too short
+        ("laptops", ()),  # an inflection of what is known
+        ("chaussures", ()),
+        ("brode", ()),
+        ("brodeee", ("brodee",)),
+    ],
+)
+def test_what_is_corrected(asked: str, corrections: tuple[str, ...]) -> None:
+    assert vocabulary("Laptop", "Sneakers", "Chaussure brodée", "The tea").corrections(asked) == corrections
+
+
+def test_the_most_frequent_of_equally_near_words_come_first() -> None:
+    known = vocabulary("cold", "bold", "bold", "gold", "gold", "gold", "hold")
+    assert known.corrections("xold") == ("gold", "bold")
+
+
+def test_words_are_counted_once_a_product_and_descriptions_complete_nothing() -> None:
+    known = vocabulary("shirt shirt", "shirt", description="shiny and soft")
+    assert known.count("shirt") == 2
+    assert known.completions("shi", 10) == ["shirt"]
+    assert known.knows("shiny")
+    assert known.corrections("shinny") == ("shiny",)
+    assert known.count("shiny") == 0
+    assert known.count("absent") == 0
+
+
+def test_a_text_is_covered_when_its_long_words_are_there() -> None:
+    known = vocabulary("Robe d'été", "Shoes")
+    assert known.covers("ROBE, shoes: l'été xyz 12")
+    assert not known.covers("robes")  # known, but only by its stem: not worth finding out twice
+    assert not known.covers("sheos")
+
+
+def test_words_are_shown_with_the_accents_that_they_mostly_have() -> None:
+    known = vocabulary("Été", "été", "ete")
+    assert known.count("ete") == 3
+    assert known.spelling("ete") == "été"
+
+
+def test_brands_and_categories_by_their_words() -> None:
+    tally = Tally(DEFAULT_LANGUAGES)
+    tally.add(
+        Product(product_id=str(number), name="x", brand="New Balance", category="Sport > Running shoes", version=1)
+        for number in range(3)
+    )
+    known = tally.vocabulary()
+    assert [(label.kind, label.text, label.count) for label in known.labels(["bal"])] == [("brand", "New Balance", 3)]
+    assert [label.text for label in known.labels(["sho", "run"])] == ["Sport > Running shoes"]
+    assert [label.text for label in known.labels(["spo"])] == ["Sport"]
+    assert known.labels(["hoes"]) == []
+
+
+def test_memory_is_bounded_and_the_frequent_words_are_kept() -> None:
+    rare = [f"rare{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(300)]
+    known = vocabulary(*(f"common {word}" for word in rare), most_words=20)
+    assert len(known) == 20
+    assert known.count("common") == 300
+    assert "x" * (LONGEST + 1) not in vocabulary("x" * (LONGEST + 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "reading"),
+    [
+        ("leather sheos", "leather shoes"),
+        ("Leather Sheos!", "Leather shoes!"),
+        ("sheos", "shoes"),
+        ("l’hivre", "l’hiver"),
+        ("T-shrit", "T-shirt"),
+        ("leather shoes", None),
+        ("shoe for leathers", None),
+        ("SHEOS-42", None),  # a code
+        ("xy42sheos", None),
+        ("chaussure pour hommme", None),  # another language: nothing is near, and more is unknown than known
+        ("sheos leathr", None),
+        ("with this sheos", "with this shoes"),  # words that say nothing neither help nor hinder
+        ("***", None),
+        ("", None),
+    ],
+)
+def test_how_a_query_is_read(text: str, reading: str | None) -> None:
+    found = read(text, vocabulary("Leather shoes", "T-shirt", "L'hiver"))
+    assert (found and found.text) == reading
+
+
+def test_a_reading_has_every_word_that_may_have_been_meant() -> None:
+    reading = read("brown leather bag shos", vocabulary("leather shoes", "shots", "brown bag"))
+    assert reading is not None
+    assert reading.meant == ("shoes", "shots")
+    assert reading.text == "brown leather bag shoes"
+
+
+@given(words=st.lists(st.sampled_from(["robe", "rouge", "t-shirt", "été", "XJ-900"]), min_size=1), noise=st.text())
+def test_what_the_catalogue_knows_is_never_changed(words: list[str], noise: str) -> None:
+    known = vocabulary("Robe rouge", "T-shirt", "été XJ-900")
+    assert read(" ".join(words), known) is None
+    reading = read(noise, known)
+    assert reading is None or reading.meant
+
+
+def test_an_empty_catalogue_knows_and_suggests_nothing() -> None:
+    known = vocabulary()
+    assert len(known) == 0
+    assert known.corrections("shoes") == ()
+    assert known.completions("s", 10) == []
+    assert known.near_completions("shoes", 10) == []
+    assert known.labels(["s"]) == []
+    assert read("shoes", known) is None
