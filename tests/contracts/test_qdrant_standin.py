@@ -357,7 +357,8 @@ async def test_a_field_that_is_not_served_is_refused_by_name(client: AsyncQdrant
         (create(client, strict_mode_config=models.StrictModeConfig(enabled=True)), "CreateCollection.strict_mode"),
     ]:
         assert name in await refused(call, grpc.StatusCode.INVALID_ARGUMENT)
-    await refused(client.facet(collection, "t"), grpc.StatusCode.UNIMPLEMENTED)
+    await refused(client.search_matrix_pairs(collection), grpc.StatusCode.UNIMPLEMENTED)
+    assert "index for faceting" in await refused(client.facet(collection, "t"), grpc.StatusCode.INVALID_ARGUMENT)
     assert (await client.count(collection)).count == 0
     wrong = client.query_points(collection, query=[1.0, 2.0, 3.0], using="image")
     assert "expected dim: 2" in await refused(wrong, grpc.StatusCode.INVALID_ARGUMENT)

@@ -79,7 +79,7 @@ async def test_an_uploaded_picture_finds_its_product(shop: Shop, part: str) -> N
     answer = await search(shop, BLUE, part=part)
     assert found(answer) == ["blue", "red"]
     assert answer.json.keys() == {
-        *("results", "count", "model", "mode", "took_ms"),
+        *("results", "count", "total", "model", "mode", "took_ms"),
         *("query_image", "embedding_dimension"),
     }
     assert answer.json["query_image"] == {"width": 48, "height": 48, "format": "png", "sha256": sha256_hex(BLUE)}
