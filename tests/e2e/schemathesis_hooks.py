@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -61,6 +62,7 @@ def every_line_is_accounted_for(ctx: CheckContext, response: Response, case: Cas
     assert len(tally["errors"]) == min(tally["rejected"], 100), tally
 
 
+_EXAMPLE: Final = re.compile(r"(?:like|unlike)\.\d+")
 _KEYS: Final[set[str]] = set()
 
 
@@ -93,5 +95,8 @@ def _is_beyond_schemas(problem: dict[str, Any]) -> bool:
     if problem["type"] == "urn:catalens:problem:forbidden-url":  # a host that is none, or is not on the public Internet
         return True
     fields = [error["field"] for error in problem.get("errors", ())]
-    # a picture to search with that can't be fetched; a reference to a picture that was never uploaded; no such model
-    return bool(fields) and all(field.endswith((".url", ".blob")) or field == "model" for field in fields)
+    # a picture to search with that can't be fetched; a reference to a picture that was never uploaded; no such model;
+    # a product to be like that does not exist
+    return bool(fields) and all(
+        field.endswith((".url", ".blob")) or field == "model" or _EXAMPLE.fullmatch(field) for field in fields
+    )

@@ -167,7 +167,14 @@ REFUSED = [
     _search("unknown field of a search", "colour", colour="red"),
     _search("unknown filter", "filters.colour", filters={"colour": "red"}),
     _search("like what is not there", "like.0", like=["shoe"]),
-    _search("facets are not built", "facets", facets=["brand"]),
+    _search("unknown facet", "facets.0", facets=["colour"]),
+    _search("eleven facets", "facets", facets=["brand"] * 11),
+    _search("unknown order", "sort", sort="cheapest"),
+    _search("unknown group", "group_by", group_by="brand"),
+    _search("unknown boost", "boosts.0.field", boosts=[{"field": "colour", "factor": 1}]),
+    _search("diversity 2", "diversity", diversity=2),
+    _search("min_score NaN", "min_score", min_score="NaN"),
+    Refused("suggest nothing", "GET", "/api/v1/suggest?q=", 422, "invalid", "q"),
 ]  # fmt: skip
 
 
