@@ -34,11 +34,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = Standalone(Path(folder) / "data")
         rows: list[Row] = [{"what": "first start, empty", "seconds": _started(server)}]
-        rows.append({"what": "memory, empty", "MiB": _memory(server)})
+        rows.append({"what": "memory, empty", "MiB": memory(server)})
         rows.append(_import(server, file, arguments.products))
-        rows.append({"what": "memory after the import", "MiB": _memory(server)})
+        rows.append({"what": "memory after the import", "MiB": memory(server)})
         rows += asyncio.run(_searches(server.url, arguments.requests))
-        rows.append({"what": "memory after the searches", "MiB": _memory(server)})
+        rows.append({"what": "memory after the searches", "MiB": memory(server)})
         server.stop()
         rows.append({"what": f"start with {arguments.products} products", "seconds": _started(server)})
         server.stop()
@@ -73,15 +73,15 @@ async def _searches(url: str, requests: int) -> list[Row]:
         fresh = iter(range(10**9))
         for clients in CLIENTS:
             texts = [{"query": f"{known[n % len(known)].label} {n}", "limit": 10} for n in _take(fresh, requests)]
-            rows.append(await _load(session, url, texts, clients, "text search, cold cache"))
+            rows.append(await load(session, url, texts, clients, "text search, cold cache"))
         for clients in CLIENTS:
             pictures = [{"image": {"data": _picture(known, n)}, "limit": 10} for n in _take(fresh, min(requests, 300))]
-            rows.append(await _load(session, url, pictures, clients, "picture search, 800 px, cold cache"))
+            rows.append(await load(session, url, pictures, clients, "picture search, 800 px, cold cache"))
         filtered = [
             {"query": f"{known[n % len(known)].label_fr} {n}", "filters": {"price": {"lte": 10.0}}, "limit": 10}
             for n in _take(fresh, requests)
         ]
-        rows.append(await _load(session, url, filtered, 1, "text search with a 5 % filter"))
+        rows.append(await load(session, url, filtered, 1, "text search with a 5 % filter"))
     return rows
 
 
@@ -95,7 +95,8 @@ def _picture(known: list[clipart.Drawing], number: int) -> str:
     return b64encode(clipart.on_background(drawing.path, shade, 800)).decode()
 
 
-async def _load(session: aiohttp.ClientSession, url: str, bodies: list[dict[str, Any]], clients: int, what: str) -> Row:
+async def load(session: aiohttp.ClientSession, url: str, bodies: list[dict[str, Any]], clients: int, what: str) -> Row:
+    """Send the searches from so many clients at once and return the row of `what`."""
     waiting = list(bodies)
     took: list[float] = []
 
@@ -121,14 +122,15 @@ async def _load(session: aiohttp.ClientSession, url: str, bodies: list[dict[str,
     }
 
 
-def _memory(server: Standalone) -> float:
+def memory(server: Standalone) -> float:
     """Return the resident memory of the process and its children, shared pages counted once each, MiB."""
-    total = 0
-    for pid in [server.pid, *server.children()]:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1])
-    return total / 1024
+    return sum(resident(pid) for pid in [server.pid, *server.children()])
+
+
+def resident(pid: int) -> float:
+    """Return the resident memory of one process, its share of what it shares, MiB."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+    return sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
 
 
 if __name__ == "__main__":

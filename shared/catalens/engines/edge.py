@@ -67,6 +67,8 @@ log = structlog.get_logger(__name__)
 # Run by its path: as a module it would import the whole package, and need its memory and start-up time, for nothing.
 _WORKER: Final = Path(__file__).with_name("edge_worker.py")
 _LENGTH: Final = struct.Struct("<Q")
+GRAPH_FROM: Final = 20_000
+"""Points from which a search goes by a graph of the vectors instead of comparing all of them."""
 _RESTART: Final = RetryPolicy(attempts=5)
 _EXIT_DEADLINE: Final = 30.0
 """Seconds that the process has to flush and end, then it is killed: the write-ahead log has everything."""
@@ -83,20 +85,21 @@ class EdgeIndex:
     """A VectorIndex in one folder, for one process at a time. A call whose process dies raises Transient; the next
     one starts another, in at most five tries."""
 
-    def __init__(self, folder: Path, spec: ModelSpec, engine: _Engine) -> None:
+    def __init__(self, folder: Path, spec: ModelSpec, graph_from: int, engine: _Engine) -> None:
         self._folder = folder
         self._spec = spec
+        self._graph_from = graph_from
         self._engine = engine
         self._restart: asyncio.Task[None] | None = None
         self._closed = False
 
     @classmethod
-    async def open(cls, folder: Path, spec: ModelSpec) -> Self:
-        """Open or create the index in `folder` for vectors of `spec`.
+    async def open(cls, folder: Path, spec: ModelSpec, *, graph_from: int = GRAPH_FROM) -> Self:
+        """Open or create the index in `folder` for vectors of `spec`; with fewer points than `graph_from` it is exact.
 
         Raises Misconfigured (folder in use, damaged, or of another format) and ModelMismatch.
         """
-        return cls(folder, spec, await _Engine.start(folder, spec))
+        return cls(folder, spec, graph_from, await _Engine.start(folder, spec, graph_from))
 
     async def upsert(self, documents: Sequence[IndexDocument]) -> Sequence[WriteOutcome]:
         """See the port."""
@@ -115,7 +118,7 @@ class EdgeIndex:
         return await self._write("delete", [tombstone_item(write) for write in tombstones])
 
     async def search(self, tenant: str, legs: Sequence[Leg], where: Filter) -> Sequence[Sequence[LegHit]]:
-        """See the port. Every leg is exact: all vectors under the filter are compared."""
+        """See the port. Exact, until there is a graph (docs/adr/0019); a list shorter than its limit is complete."""
         if not legs:
             return []
         plain = [
@@ -232,7 +235,10 @@ class EdgeIndex:
         log.warning("index.process_ended", folder=str(self._folder))
         try:
             self._engine = await with_retries(
-                lambda: _Engine.start(self._folder, self._spec), _RESTART, SystemClock(), what="index.restart"
+                lambda: _Engine.start(self._folder, self._spec, self._graph_from),
+                _RESTART,
+                SystemClock(),
+                what="index.restart",
             )
         except (Misconfigured, ModelMismatch) as error:
             raise Transient(f"the index cannot be opened again: {error}", retry_after=30.0) from error
@@ -250,7 +256,7 @@ class _Engine:
         self._reading = asyncio.create_task(self._read(reader), name="index.answers")
 
     @classmethod
-    async def start(cls, folder: Path, spec: ModelSpec) -> _Engine:
+    async def start(cls, folder: Path, spec: ModelSpec, graph_from: int) -> _Engine:
         """Start a process and let it open the folder."""
         ours, theirs = socket.socketpair()
         with theirs:
@@ -269,7 +275,7 @@ class _Engine:
                 raise
         engine = cls(process, reader, writer)
         try:
-            opened = await engine.call("open", str(folder), asdict(spec), POINT_NAMESPACE.bytes)
+            opened = await engine.call("open", str(folder), asdict(spec), POINT_NAMESPACE.bytes, graph_from)
         except BaseException:
             await engine.close()
             raise
@@ -324,6 +330,10 @@ class _Engine:
             while True:
                 (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
                 number, kind, value = pickle.loads(await reader.readexactly(length))  # noqa: S301  # our own child
+                if kind == "log":
+                    level, event, fields = value
+                    getattr(log, level)(event, **fields)
+                    continue
                 answer = self._calls.get(number)  # None: the caller went away
                 if answer is None or answer.done():
                     continue

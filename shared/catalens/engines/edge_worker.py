@@ -6,13 +6,18 @@ is atomic. End of file on the socket means that the parent is gone, and ends thi
 
 What a point's payload holds is written in `rules.py`. Only live points have vectors, so that no search finds another
 and no tombstone weighs on BM25's idf.
+
+Run as `edge_worker.py optimise …` it is the process that gives a copy of the shard an HNSW graph (docs/adr/0019).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -21,12 +26,13 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -46,6 +52,10 @@ else:
 
 FORMAT: Final = 1
 """Version of the folder's layout; a release that changes it upgrades the folder or says what to do."""
+FIRST_SHARD: Final = "shard"
+"""The folder of the shard until meta.json names another, which is what OPTIMISED folders do."""
+OPTIMISED: Final = 2
+"""The format of a folder whose meta.json names the shard; a release that knows FORMAT alone leaves it alone."""
 LENGTH: Final = struct.Struct("<Q")
 FLUSH_EVERY: Final = 5.0
 """Seconds that a write may wait for its fsync; kill -9 costs nothing, power loss at most this."""
@@ -62,8 +72,19 @@ MAX_FACET_KEYS: Final = 1000
 MARKER: Final = UUID(int=0)
 """The point that counts write batches; compared at start with the count that was acknowledged."""
 
-# An index costs an fsync to create and work at every write, so each is created when it is first asked for. That is
-# sound because no HNSW graph, which would have to know it from the start, is ever built here.
+LOOSE: Final = 4
+"""A graph is due when it lacks one of `graph_from / LOOSE` points and one in LOOSE_SHARE of all: they are compared one
+by one, a quarter of what is done where there is no graph."""
+LOOSE_SHARE: Final = 20
+REST: Final = 3
+"""Graphs are built at most 1 / (1 + REST) of the time, however much is written."""
+RETRY_AFTER: Final = 600.0
+"""Seconds until an optimisation that failed, or had no room, is tried again."""
+REPLAY: Final = 256
+"""Points that are brought into the optimised shard at a time, while calls wait."""
+
+# An index costs an fsync to create and work at every write, so each is created when it is first asked for, and the
+# rest when a graph is built, which has to know them: what it links for a filter makes that filter's searches complete.
 _INDEXES: Final[Mapping[str, edge.PayloadSchemaType]] = {
     "terms": edge.PayloadSchemaType.Keyword,
     "tenant": edge.PayloadSchemaType.Keyword,
@@ -75,6 +96,8 @@ _INDEXES: Final[Mapping[str, edge.PayloadSchemaType]] = {
     "offer.stock": edge.PayloadSchemaType.Integer,
     "offer.currency": edge.PayloadSchemaType.Keyword,
 }
+
+_EXACT: Final = edge.SearchParams(exact=True)
 
 Plain: TypeAlias = tuple[list[list[tuple[Any, ...]]], list[tuple[Any, ...]]]
 """A filter: AND of ORs of primitives, and primitives of which none may match (see `EdgeIndex`)."""
@@ -150,17 +173,31 @@ class Directory:
 class Store:
     """The shard and what the calls do with it."""
 
-    def __init__(self, folder: Path, spec: Mapping[str, Any], namespace: bytes) -> None:
+    def __init__(
+        self, folder: Path, spec: Mapping[str, Any], namespace: bytes, graph_from: int, say: Callable[..., None]
+    ) -> None:
         self._folder = folder
+        self._spec = spec
         self._namespace = UUID(bytes=namespace)
+        self._graph_from = graph_from
+        self._say = say
         self._lock = _lock(folder)
-        _check_meta(folder / "meta.json", spec)
-        self._shard = _open_shard(folder / "shard", int(spec["dimension"]))
+        self._shard_folder = folder / _check_meta(folder / "meta.json", spec)
+        self._shard = _open_shard(self._shard_folder, int(spec["dimension"]))
+        for leftover in folder.glob(f"{FIRST_SHARD}*"):
+            if leftover != self._shard_folder:
+                shutil.rmtree(leftover, ignore_errors=True)
         self._indexed = set(self._shard.info().payload_schema)
         self._numbers: set[str] = set()
         self._facets: set[str] | None = set()
         """The fields that can be counted; None if products are stored here without them, by an earlier release."""
         self._sequence = 0
+        self._loose: set[UUID] = set()
+        """Points that were written since the graph was built."""
+        self._loose_before = 0
+        """The same, of earlier processes."""
+        self._optimising: Optimising | None = None
+        self._not_before = 0.0
         self.directory = Directory(self._scan())
         self._acknowledged = os.open(folder / "acknowledged", os.O_RDWR | os.O_CREAT, 0o644)
         acknowledged = int.from_bytes(os.pread(self._acknowledged, 8, 0), "little")
@@ -212,14 +249,14 @@ class Store:
             for point, draft in changed.items()
         ]
         self._sequence += 1
-        marker: Payload = {"sequence": self._sequence}
         if self._facets is not None:
             for draft in changed.values():
                 new = draft.payload.get("facets", {}).keys() - self._facets
                 self._facets.update(sorted(new)[: MAX_FACET_KEYS - len(self._facets)])
-            marker["facet_keys"] = sorted(self._facets)
-        points.append(edge.Point(MARKER, {}, marker))
-        self._shard.update(edge.UpdateOperation.upsert_points(points))
+        if self._has_graph:
+            self._loose.update(changed)
+        points.append(self._marker())
+        self._update(edge.UpdateOperation.upsert_points(points), changed)
         os.pwrite(self._acknowledged, self._sequence.to_bytes(8, "little"), 0)
         for point, draft in changed.items():
             self.directory.put(point, _entry(draft.payload))
@@ -235,32 +272,55 @@ class Store:
             if entry.state == "deleted" and entry.indexed_at < older_than
         ]
         if old:
-            self._shard.update(edge.UpdateOperation.delete_points(list(old)))
+            self._update(edge.UpdateOperation.delete_points(list(old)), old)
             for point in old:
                 self.directory.drop(point)
             if self.dirty_since is None:
                 self.dirty_since = time.monotonic()
         return len(old)
 
+    def _update(self, operation: edge.UpdateOperation, points: Iterable[UUID] = ()) -> None:
+        """Let the shard change, and remember what changed in it since it was copied."""
+        if self._optimising is not None:
+            self._optimising.wait_for_copy()
+            self._optimising.changed.update(points)
+        self._shard.update(operation)
+
+    def _marker(self) -> edge.Point:
+        loose = self._loose_before + len(self._loose)
+        payload: Payload = {"sequence": self._sequence, "loose": loose}
+        if self._facets is not None:
+            payload["facet_keys"] = sorted(self._facets)
+        return edge.Point(MARKER, {}, payload)
+
     # --- reads ----------------------------------------------------------------------------------------------
 
     def search(self, tenant: str, legs: Sequence[tuple[str, Any, int]], where: Plain) -> list[list[tuple[str, float]]]:
-        """Return (product id, score) lists, one a leg."""
+        """Return (product id, score) lists, one a leg; one that is shorter than its limit holds all there is."""
         only = self._only(tenant)
         condition = self._filter(where, only)
         corpus = edge.SearchParams(idf=edge.IdfParams(edge.Filter(must=list(only)))) if only else None
+        # The graph has links for what had an index when it was built; a number may have got its own later.
+        late = any(key.startswith("numbers.") for clause in where[0] for _, key, _ in clause)
         requests = [
             edge.QueryRequest(
                 query=edge.Query.Nearest(_sparse(vector) if using == "lexical" else _dense(vector), using=using),
                 filter=condition,
                 limit=limit,
-                params=corpus if using == "lexical" else None,
+                params=corpus if using == "lexical" else _by_graph(limit, unlinked=late),
                 with_payload=False,
             )
             for using, vector, limit in legs
         ]
         entries = self.directory.entries
         answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
+        for number, (using, vector, limit) in enumerate(legs):
+            if using != "lexical" and len(answers[number]) < limit and self._has_graph:
+                # A filter can cut parts of a graph off from the rest; what matches is few, so all of it is compared.
+                nearest = edge.Query.Nearest(_dense(vector), using=using)
+                answers[number] = self._shard.query(
+                    edge.QueryRequest(query=nearest, filter=condition, limit=limit, params=_EXACT, with_payload=False)
+                )
         return [[(entries[_uuid(hit.id)].product_id, hit.score) for hit in hits] for hits in answers]
 
     def get(self, points: Sequence[bytes], with_vectors: bool) -> list[Payload]:
@@ -383,14 +443,121 @@ class Store:
 
     def flush(self) -> None:
         """Write everything through to the disk."""
+        if self._optimising is not None:
+            self._optimising.wait_for_copy()
         self._shard.flush()
         os.fsync(self._acknowledged)
         self.dirty_since = None
 
     def close(self) -> None:
         """Flush and let go of the folder."""
+        if self._optimising is not None:
+            self._give_up(self._optimising)
         self.flush()
         self._shard.close()
+
+    # --- the graph: built in a copy of the shard, which then takes the shard's place (docs/adr/0019) ------------
+
+    def tend(self) -> float | None:
+        """Do a step of what is due while no call is waiting; return the seconds until more is, None if nothing is."""
+        now = time.monotonic()
+        if self.dirty_since is not None and now >= self.dirty_since + FLUSH_EVERY:
+            self.flush()
+        due = [self.dirty_since + FLUSH_EVERY] if self.dirty_since is not None else []
+        if self._optimising is not None:
+            if self._step(self._optimising):
+                due.append(now)
+        elif self._wants_graph:
+            if now >= self._not_before:
+                self._optimise()
+            due.append(self._not_before)
+        return max(0.0, min(due) - now) if due else None
+
+    @property
+    def news(self) -> list[int]:
+        """What tells that `tend` has something to do before its time."""
+        return [] if self._optimising is None or self._optimising.ended else [self._optimising.output]
+
+    @property
+    def _has_graph(self) -> bool:
+        return self._shard_folder.name != FIRST_SHARD
+
+    @property
+    def _loose_count(self) -> int:
+        return self._loose_before + len(self._loose) if self._has_graph else len(self.directory.entries)
+
+    @property
+    def _wants_graph(self) -> bool:
+        points = len(self.directory.entries)
+        least = max(self._graph_from // LOOSE, points // LOOSE_SHARE) if self._has_graph else self._graph_from
+        return self._loose_count >= least
+
+    def _optimise(self) -> None:
+        """Start the process that optimises a copy, if the disk has room for it."""
+        disk = os.statvfs(self._folder)
+        free = disk.f_bavail * disk.f_frsize
+        # The copy, what is made of it, and what is written meanwhile.
+        needed = DISK_RESERVE + 3 * sum(path.stat().st_blocks * 512 for path in self._shard_folder.rglob("*"))
+        if free < needed:
+            self._not_before = time.monotonic() + RETRY_AFTER
+            self._say("warning", "index.optimise_skipped", free_mib=free >> 20, needed_mib=needed >> 20)
+            return
+        self.flush()
+        target = self._folder / f"{FIRST_SHARD}-{time.time_ns():x}"
+        work = Optimising(self._shard_folder, target, int(self._spec["dimension"]), self._graph_from)
+        self._optimising = work
+        points = len(self.directory.entries)
+        self._say("info", "index.optimise_started", points=points, loose=self._loose_count, process=work.process.pid)
+
+    def _step(self, work: Optimising) -> bool:
+        """Go on with what was begun; return whether there is more to do at once."""
+        if not work.ended_within(0):
+            return False
+        try:
+            self._replay(work)
+        except BaseException as error:  # noqa: BLE001  # as in `serve`; the shard that serves was only read
+            self._give_up(work)
+            self._say("error", "index.optimise_failed", error=f"{type(error).__name__}: {error}")
+            return True
+        if not work.changed:
+            self._swap(work)
+        return True
+
+    def _replay(self, work: Optimising) -> None:
+        """Bring some of what was written since the copy into the optimised shard, as it is now."""
+        shard = work.opened()
+        chunk = list(itertools.islice(work.changed, REPLAY))
+        records = self._shard.retrieve(list(chunk), True, True) if chunk else []
+        if records:
+            points = [edge.Point(record.id, record.vector or {}, record.payload or {}) for record in records]
+            shard.update(edge.UpdateOperation.upsert_points(points))
+        gone = set(chunk).difference(_uuid(record.id) for record in records)
+        if gone:
+            shard.update(edge.UpdateOperation.delete_points(list(gone)))
+        work.changed.difference_update(chunk)
+        work.replayed.update(chunk)
+
+    def _swap(self, work: Optimising) -> None:
+        """Let the optimised shard take the place of the one that serves; a failure in here ends the process."""
+        old, old_folder = self._shard, self._shard_folder
+        shard = work.opened()
+        self._loose, self._loose_before = work.replayed, 0
+        shard.update(edge.UpdateOperation.upsert_points([self._marker()]))
+        shard.flush()
+        meta = {"format": OPTIMISED, "model": dict(self._spec), "shard": work.folder.name}
+        _write_meta(self._folder / "meta.json", meta)  # from here on it is the one that counts
+        self._shard, self._shard_folder, self._optimising = shard, work.folder, None
+        self._indexed = set(shard.info().payload_schema)
+        old.close()
+        shutil.rmtree(old_folder, ignore_errors=True)
+        seconds = time.monotonic() - work.began
+        self._not_before = time.monotonic() + REST * seconds
+        self._say("info", "index.optimised", seconds=round(seconds, 1), loose=self._loose_count)
+
+    def _give_up(self, work: Optimising) -> None:
+        self._optimising = None
+        self._not_before = time.monotonic() + RETRY_AFTER
+        work.discard()
 
     # --- inside ---------------------------------------------------------------------------------------------
 
@@ -440,8 +607,10 @@ class Store:
 
     def _index(self, key: str) -> None:
         if key not in self._indexed:
-            other = edge.PayloadSchemaType.Keyword if key.startswith("facets.") else edge.PayloadSchemaType.Float
-            self._shard.update(edge.UpdateOperation.create_field_index(key, _INDEXES.get(key, other)))
+            # What is only counted needs no links in a graph: no filter asks for it.
+            counted = edge.KeywordIndexParams(enable_hnsw=False) if key.startswith("facets.") else None
+            schema = counted or _INDEXES.get(key, edge.PayloadSchemaType.Float)
+            self._update(edge.UpdateOperation.create_field_index(key, schema))
             self._indexed.add(key)
 
     def _deserves_index(self, key: str) -> bool:
@@ -449,7 +618,8 @@ class Store:
         return known and sum(name.startswith("numbers.") for name in self._indexed) < MAX_NUMBER_INDEXES
 
     def _scan(self) -> Iterable[tuple[UUID, Entry]]:
-        fields = ["tenant", "product_id", "state", "image_status", "indexed_at", "numbers", "sequence", "facet_keys"]
+        names = ["tenant", "product_id", "state", "image_status", "indexed_at", "numbers"]
+        fields = [*names, "sequence", "facet_keys", "loose"]
         offset: Any = None
         while True:
             records, offset = self._shard.scroll(
@@ -460,6 +630,7 @@ class Store:
                 if _uuid(record.id) == MARKER:
                     self._sequence = int(payload["sequence"])
                     self._facets = set(payload["facet_keys"]) if "facet_keys" in payload else None
+                    self._loose_before = int(payload.get("loose", 0))
                 else:
                     self._numbers.update(payload.get("numbers", ()))
                     yield _uuid(record.id), _entry(payload)
@@ -468,6 +639,17 @@ class Store:
 
 
 # --- from and to the engine's own types ----------------------------------------------------------------------------
+
+
+def _by_graph(limit: int, *, unlinked: bool) -> edge.SearchParams:
+    """Return how a graph is searched: candidates by the int8 copies, of few more, put in order by the vectors.
+
+    `unlinked`: through the neighbours of points that a filter excludes, which finds what else would be cut off.
+    """
+    return edge.SearchParams(
+        quantization=edge.QuantizationSearchParams(rescore=True, oversampling=2.0 if limit < 100 else None),
+        acorn=edge.AcornSearchParams(enable=True) if unlinked else None,
+    )
 
 
 def _with_vectors(record: edge.Record, with_vectors: bool) -> Payload:
@@ -530,22 +712,22 @@ def _lock(folder: Path) -> int:
 WAY_OUT: Final = "make a new one of the event log by `catalens reindex --rebuild`"
 
 
-def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
+def _check_meta(path: Path, spec: Mapping[str, Any]) -> str:
+    """Return the name of the folder that holds the shard; of a new index, note what it is."""
     if not path.exists():
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps({"format": FORMAT, "model": dict(spec)}, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return
+        _write_meta(path, {"format": FORMAT, "model": dict(spec)})
+        return FIRST_SHARD
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version, model = meta["format"], meta["model"]
         fingerprint, name = model["fingerprint"], f"{model['id']} ({model['revision']})"
+        shard = str(meta["shard"]) if version == OPTIMISED else FIRST_SHARD
     except (ValueError, KeyError, TypeError) as error:
         raise Refusal("config", f"{path} is damaged ({error!r}): {WAY_OUT}") from error
-    if version != FORMAT:
+    if version not in (FORMAT, OPTIMISED):
         raise Refusal(
             "config",
-            f"the index in {path.parent} has format {version}, this release reads {FORMAT}: {WAY_OUT}",
+            f"the index in {path.parent} has format {version}, this release reads {FORMAT} and {OPTIMISED}: {WAY_OUT}",
         )
     if fingerprint != spec["fingerprint"]:
         raise Refusal(
@@ -554,15 +736,34 @@ def _check_meta(path: Path, spec: Mapping[str, Any]) -> None:
             f"{spec['id']} ({spec['revision']}), fingerprint {spec['fingerprint']}: "
             f"set CATALENS_MODEL back, or change the model by `catalens reindex --model NAME`",
         )
+    return shard
+
+
+def _write_meta(path: Path, meta: Mapping[str, Any]) -> None:
+    """Replace meta.json as a whole, on the disk when this returns."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _open_shard(folder: Path, dimension: int) -> edge.EdgeShard:
-    if not folder.exists():
+    # One that is missing beside others is no new index, but one that lost its meta.json or its shard.
+    if not folder.exists() and not any(folder.parent.glob(f"{FIRST_SHARD}-*")):
         # Under another name until it is whole, so that a kill in between leaves nothing half made.
         partial = folder.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _create_shard(partial, dimension)
+        edge.EdgeShard.create(str(partial), edge.EdgeConfig(**_vectors_config(dimension))).close()
         partial.rename(folder)
     try:
         return edge.EdgeShard.load(str(folder))
@@ -573,13 +774,120 @@ def _open_shard(folder: Path, dimension: int) -> edge.EdgeShard:
         ) from error
 
 
-def _create_shard(folder: Path, dimension: int) -> None:
+def _vectors_config(dimension: int) -> dict[str, Any]:
     dense = edge.EdgeVectorParams(dimension, edge.Distance.Cosine)
-    config = edge.EdgeConfig(
-        vectors={"image": dense, "text": dense},
-        sparse_vectors={"lexical": edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)},
+    return {
+        "vectors": {"image": dense, "text": dense},
+        "sparse_vectors": {"lexical": edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)},
+    }
+
+
+# --- the optimised copy -----------------------------------------------------------------------------------------
+
+
+class Optimising:
+    """A process that optimises a copy of the shard, and what was written since it was copied."""
+
+    def __init__(self, source: Path, target: Path, dimension: int, scan: int) -> None:
+        self.folder = target
+        self.began = time.monotonic()
+        self.changed: set[UUID] = set()
+        """What the copy does not have yet."""
+        self.replayed: set[UUID] = set()
+        """What it was given after it had got its graph."""
+        self.output, theirs = os.pipe()
+        self.process = subprocess.Popen(  # noqa: S603  # this very script
+            [sys.executable, "-P", __file__, "optimise", *map(str, (source, target, dimension, scan, os.getpid()))],
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+        )
+        os.close(theirs)
+        self.ended = False
+        self._copied = False
+        self._shard: edge.EdgeShard | None = None
+
+    def ended_within(self, seconds: float | None) -> bool:
+        """Hear what the process says, waiting so long for a word (None: for ever); return whether it has ended."""
+        if not self.ended and select.select([self.output], [], [], seconds)[0]:
+            self._copied = True
+            if not os.read(self.output, 64):
+                self.ended = True
+                os.close(self.output)
+                self.process.wait()
+        return self.ended
+
+    def wait_for_copy(self) -> None:
+        """Return when the shard that serves may change."""
+        while not (self._copied or self.ended):
+            self.ended_within(None)
+
+    def opened(self) -> edge.EdgeShard:
+        """Return the optimised copy, once its process has ended."""
+        if self._shard is None:
+            if self.process.returncode:
+                raise RuntimeError(f"the process that optimises ended with {self.process.returncode}")
+            self._shard = edge.EdgeShard.load(str(self.folder))
+        return self._shard
+
+    def discard(self) -> None:
+        """End the process and forget what it made."""
+        self.process.kill()
+        while not self.ended_within(None):
+            pass
+        if self._shard is not None:
+            self._shard.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def optimise(source: Path, target: Path, dimension: int, scan: int, parent: int) -> None:
+    """Copy the shard in `source` to `target`, say so on stdout, and give the copy its payload indexes and its graph.
+
+    What matches at most `scan` points is not looked for in the graph, but compared.
+    """
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG: while the engine works no Python runs here that could see that the parent is gone.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    os.nice(10)
+    shutil.copytree(source, target, copy_function=_copy)
+    os.write(1, b"copied")
+    graph = edge.EdgeConfig(
+        **_vectors_config(dimension),
+        hnsw_config=edge.HnswIndexConfig(
+            m=16, ef_construct=100, full_scan_threshold=max(1, scan * dimension * 4 >> 10)
+        ),
+        quantization_config=edge.ScalarQuantizationConfig(edge.ScalarType.Int8, memory=edge.Memory.Pinned),
+        optimizers=edge.EdgeOptimizersConfig(indexing_threshold=1, default_segment_number=1),
     )
-    edge.EdgeShard.create(str(folder), config).close()
+    shard = edge.EdgeShard.load(str(target), graph)
+    for key in _INDEXES.keys() - shard.info().payload_schema.keys():
+        shard.update(edge.UpdateOperation.create_field_index(key, _INDEXES[key]))
+    shard.optimize()
+    shard.flush()
+    shard.close()
+    for path in (target, *target.rglob("*")):
+        _sync(path)
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy a file without its holes: the engine's files are mostly that."""
+    with Path(source).open("rb", buffering=0) as old, Path(target).open("wb", buffering=0) as new:
+        size = old.seek(0, os.SEEK_END)
+        new.truncate(size)
+        at = 0
+        while at < size:
+            try:
+                at = old.seek(at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return  # there is but a hole from here on
+            end = old.seek(at, os.SEEK_HOLE)
+            old.seek(at)
+            new.seek(at)
+            while at < end and (data := old.read(min(1 << 20, end - at))):
+                at += new.write(data)
 
 
 # --- the conversation -------------------------------------------------------------------------------------------
@@ -606,28 +914,31 @@ def _send(connection: socket.socket, answer: tuple[int, str, Any]) -> None:
     connection.sendall(LENGTH.pack(len(body)) + body)
 
 
-def _flush_until_called(connection: socket.socket, store: Store) -> None:
-    """Return when a call is waiting; flush once what was written is FLUSH_EVERY old."""
-    while store.dirty_since is not None:
-        due = store.dirty_since + FLUSH_EVERY - time.monotonic()
-        if due <= 0:
-            store.flush()
-        elif select.select([connection], [], [], due)[0]:
+def _tend_until_called(connection: socket.socket, store: Store) -> None:
+    """Return when a call is waiting; before it, and while none is, do what is due."""
+    while True:
+        seconds = store.tend()
+        ready, _, _ = select.select([connection.fileno(), *store.news], [], [], seconds)
+        if connection.fileno() in ready:
             return
 
 
 def serve(connection: socket.socket) -> None:
     """Answer calls until the parent closes, or is gone."""
-    number, _, (folder, spec, namespace) = _receive(connection)
+    number, _, (folder, spec, namespace, graph_from) = _receive(connection)
+
+    def say(level: str, event: str, **fields: object) -> None:
+        _send(connection, (-1, "log", (level, event, {"folder": folder, **fields})))
+
     try:
-        store = Store(Path(folder), spec, namespace)
+        store = Store(Path(folder), spec, namespace, graph_from, say)
     except Refusal as refusal:
         _send(connection, (number, refusal.kind, str(refusal)))
         return
     _send(connection, (number, "ok", {"lost_batches": store.lost_batches, "points": len(store.directory.entries)}))
     method = ""
     while method != "close":
-        _flush_until_called(connection, store)
+        _tend_until_called(connection, store)
         number, method, arguments = _receive(connection)
         try:
             answer = (number, "ok", getattr(store, method)(*arguments))
@@ -640,7 +951,9 @@ def serve(connection: socket.socket) -> None:
         _send(connection, answer)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1] == "optimise":
+    optimise(Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
+elif __name__ == "__main__":
     # The parent decides when to stop; a signal to the whole group must not end us before it has drained.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
