@@ -701,6 +701,9 @@ async def test_counts_and_extremes_are_of_live_products_alone(shelf: VectorIndex
     await shelf.delete([tombstone("gone", 2)])
     sport, nothing = Filter((Condition("category", ("Sport",)),)), Filter((Condition("brand", ("Nobody",)),))
     assert list(await shelf.count(SHOP, [ALL, sport, nothing])) == [5, 3, 0]
+    cheap = Condition("price", within=Range(lte=19.99))  # so are the lone offer and the deleted product
+    franc = Condition("currency", ("CHF", "EUR"))
+    assert list(await shelf.count(SHOP, [Filter((cheap,)), Filter((franc,)), Filter((cheap, franc))])) == [1, 2, 1]
     assert await shelf.extremes(SHOP, "price", ALL) == (19.99, 1e308)
     assert await shelf.extremes(SHOP, "price", sport) == (19.99, 120.0)
     assert await shelf.extremes(SHOP, "stock", sport) == (0, 3)

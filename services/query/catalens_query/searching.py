@@ -72,7 +72,9 @@ _MOST_WORDS: Final = 32
 _SHORT: Final = 200
 """Characters of a query that are read within a tenth of a millisecond or two."""
 _CHUNK: Final = 500
-"""Products about which the index is asked at once."""
+"""Products about which the index is asked at once, at most."""
+_LEAST_CHUNK: Final = 50
+"""The same, at least, where a page of groups is filled bit by bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +413,7 @@ class Searcher:
             exact = None
             if not relevant and order.sort == "relevance":
                 exact = named or (fusion.own_picture(lists) if by_picture else None)
-            if order.boosts or order.sort != "relevance" or order.group_by == "group_id":
+            if order.boosts or order.sort != "relevance":
                 names = [hit.product_id for hit in fresh]
                 await self._learn(tenant, [*names, exact] if exact else names, ranking)
             if order.boosts:
@@ -424,7 +426,9 @@ class Searcher:
                 relevant, ranking.exact = fusion.first(relevant, exact), exact
                 ranking.tier_of.setdefault(exact, 0)
             new = sorted_by(order.sort, relevant[ranked:], ranking.facts)
-            ranking.hits += await collapse(new)
+            # Without a total, and without a window to put in order, what lies beyond the page need not be looked at.
+            wanted = len(new) if complete or order.diversity else upto - len(ranking.hits)
+            ranking.hits += await collapse(new, wanted)
             if not ranked and order.diversity and order.sort == "relevance":
                 ranking.hits[:WINDOW] = await self._diverse(tenant, ranking.hits[:WINDOW], order.diversity)
             if len(ranking.hits) >= upto or complete:
@@ -486,19 +490,28 @@ class Searcher:
 
     def _collapser(
         self, tenant: str, group_by: GroupBy | None, ranking: _Ranking
-    ) -> Callable[[list[LegHit]], Awaitable[list[LegHit]]]:
-        """Return what lets one product of each group through, whatever was let through before."""
+    ) -> Callable[[list[LegHit], int], Awaitable[list[LegHit]]]:
+        """Return what lets one product of each group through, whatever was let through before, at least `wanted`."""
         groups, pictures = Groups(), Pictures()
 
-        async def collapse(hits: list[LegHit]) -> list[LegHit]:
-            if group_by == "group_id":
-                return groups.first(hits, lambda name: facts.group_id if (facts := ranking.facts.get(name)) else None)
+        def group_of(product_id: str) -> str | None:
+            facts = ranking.facts.get(product_id)
+            return facts.group_id if facts else None
+
+        async def collapse(hits: list[LegHit], wanted: int) -> list[LegHit]:
             if group_by is None:
                 return hits
             kept: list[LegHit] = []
-            for start in range(0, len(hits), _CHUNK):
-                some = hits[start : start + _CHUNK]
-                kept += pictures.first(some, await self._vectors(tenant, [hit.product_id for hit in some]))
+            for start in range(0, len(hits), size := min(_CHUNK, max(_LEAST_CHUNK, 2 * wanted))):
+                if len(kept) >= wanted:
+                    break
+                some = hits[start : start + size]
+                names = [hit.product_id for hit in some]
+                if group_by == "group_id":
+                    await self._learn(tenant, [name for name in names if name not in ranking.facts], ranking)
+                    kept += groups.first(some, group_of)
+                else:
+                    kept += pictures.first(some, await self._vectors(tenant, names))
             return kept
 
         return collapse
