@@ -26,6 +26,7 @@ from catalens import events
 from catalens.domain import Deletion, IndexInfo, Message, Product, Record
 from catalens.encoders import open_encoder
 from catalens.ports import EventLog
+from catalens.settings import Settings
 from catalens.telemetry import Metrics
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "20"))
@@ -97,14 +98,16 @@ async def under_load(load: Load, ingest: Service) -> AsyncIterator[None]:
 
 
 async def hold_back(load: Load, log: EventLog, groups: Sequence[str]) -> None:
-    """Let `load` send only while each group that is being read has fewer than 1,000 events to go.
+    """Let `load` send only while each group that is being read has little to go.
 
-    Otherwise a busy machine may take more events than it can process, for ever, and who follows never catches up.
+    Otherwise a busy machine may take more events than it can process, for ever, and who follows never catches up: it
+    has caught up when no more is left than may be in work, so that much must be out of the load's reach.
     """
+    little = Settings().embedder.in_flight // 2
     while True:
         read = [group for group in groups if await log.members(group)]
         behind = [sum((await log.lag(group, events.COMPACTED)).values()) for group in read]
-        if max(behind, default=0) < 1000:
+        if max(behind, default=0) < little:
             load.may_send.set()
         else:
             load.may_send.clear()
