@@ -1,7 +1,8 @@
 """The standalone process at twice what it can do: what it answers, whether that is right, and whether memory grows.
 
-First as many clients as keep it busy find out what it can do with this mix; then requests come at twice that rate,
-whether or not it keeps up. Every answer is checked. Client and server share the machine's cores.
+First its embedding cache is filled, which would grow for hours else; as many clients as keep it busy find out what it
+can do with this mix; then requests come at twice that rate, whether or not it keeps up. Every answer is checked.
+Client and server share the machine's cores.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from benchmarks.report import Row, percentile, publish, trend
 from tests.standalone import Standalone
 
 from catalens.client import CatalensClient
+from catalens.settings import EncoderSettings
 from catalens_standalone.importer import until_settled
 
 CALIBRATION: Final = 10.0
 """Seconds in which the capacity is found."""
 CLIENTS: Final = 16
-MOST_OUTSTANDING: Final = 2_000
-"""Requests that wait for an answer at most, four times what the process takes in; beyond, none is sent."""
+BATCH: Final = 64
+MOST_OUTSTANDING: Final = 1_000
+"""Requests that wait for an answer at most, several times what the process takes in; beyond, none is sent."""
 LOOK: Final = 2.0
 
 
@@ -44,8 +47,18 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
     degraded: int = 0
     unsent: int = 0
-    memory: list[tuple[float, float]] = field(default_factory=list)
-    """Hours since the start, MiB."""
+    memory: list[tuple[float, Memory]] = field(default_factory=list)
+    """Hours since the start, and what was in use then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """MiB of the process and its children."""
+
+    own: float
+    """What no file stands behind, so that only the processes can give it back."""
+    files: float
+    """Mapped files, libraries included: the kernel drops them when it needs the room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,7 @@ async def _run(server: Standalone, minutes: float, products: int, times: float) 
         await until_settled(client, report=lambda _: None)
     draw = random.Random(5)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        filled = await _fill(session, server.url)
         calm = Seen()
         capacity = await _capacity(session, server.url, calm, lambda: _call(draw, products))
         loud = Seen()
@@ -87,12 +101,37 @@ async def _run(server: Standalone, minutes: float, products: int, times: float) 
         watching.cancel()
         after = Seen()
         await _one(session, server.url, _search(3), after)
+        kept = await _cached(session, server.url)
     return [
         {"what": f"capacity, {CLIENTS} clients", **_row(calm, CALIBRATION)},
         {"what": f"{rate:.0f}/s offered for {minutes:g} min", **_row(loud, seconds)},
         {"what": "one search after it", **_row(after, None)},
-        _memory_row(loud),
+        {"what": "vectors in the embedding cache", "before": filled, "after": kept},
+        _memory_row("own memory", [(hours, memory.own) for hours, memory in loud.memory]),
+        _memory_row("mapped files", [(hours, memory.files) for hours, memory in loud.memory]),
     ]
+
+
+async def _fill(session: aiohttp.ClientSession, url: str) -> int:
+    """Fill the embedding cache, as weeks of new words would, and return how many vectors it keeps then."""
+    batches = iter(range(0, EncoderSettings().cache_entries, BATCH))
+
+    async def client() -> None:
+        for first in batches:
+            body = {"requests": [{"text": f"words of another day {number}"} for number in range(first, first + BATCH)]}
+            async with session.post(f"{url}/api/v1/embed/batch", json=body) as answer:
+                responses = (await answer.json())["responses"]
+            if answer.status != 200 or any("embedding" not in one for one in responses):
+                raise RuntimeError(f"{answer.status}: {responses}")
+
+    await asyncio.gather(client(), client())
+    return await _cached(session, url)
+
+
+async def _cached(session: aiohttp.ClientSession, url: str) -> int:
+    async with session.get(f"{url}/api/v1/stats") as answer:
+        entries: int = (await answer.json())["cache"]["entries"]
+    return entries
 
 
 # --- the mix ------------------------------------------------------------------------------------------------
@@ -207,18 +246,21 @@ async def _one(session: aiohttp.ClientSession, url: str, call: Call, seen: Seen)
 async def _watch(server: Standalone, seen: Seen) -> None:
     begin = time.monotonic()
     while True:
-        seen.memory.append(((time.monotonic() - begin) / 3600, _resident(server)))
+        seen.memory.append(((time.monotonic() - begin) / 3600, _in_use(server)))
         await asyncio.sleep(LOOK)
 
 
-def _resident(server: Standalone) -> float:
-    """Return the memory of the process and its children, MiB; shared pages are counted once each."""
-    total = 0
+def _in_use(server: Standalone) -> Memory:
+    """Return the memory of the process and its children; shared pages are counted once each."""
+    own = files = 0
     for pid in [server.pid, *server.children()]:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1])
-    return total / 1024
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+        sizes = {
+            name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in rollup.splitlines()[1:])
+        }
+        own += sizes["Pss_Anon"] + sizes["SwapPss"]
+        files += sizes["Pss_File"] + sizes["Pss_Shmem"]
+    return Memory(own / 1024, files / 1024)
 
 
 def _row(seen: Seen, seconds: float | None) -> Row:
@@ -235,13 +277,13 @@ def _row(seen: Seen, seconds: float | None) -> Row:
     }
 
 
-def _memory_row(seen: Seen) -> Row:
-    """Memory after the first third, in which caches fill."""
-    counted = [(hours, memory) for hours, memory in seen.memory if hours > seen.memory[-1][0] / 3]
+def _memory_row(what: str, seen: list[tuple[float, float]]) -> Row:
+    """Return how `what` changed after the first third, in which the connections are opened."""
+    counted = [(hours, size) for hours, size in seen if hours > seen[-1][0] / 3]
     slope, interval = trend(counted)
-    values = [memory for _, memory in counted]
+    values = [size for _, size in counted]
     return {
-        "what": "memory", "MiB after a third": values[0], "at the end": values[-1], "most": max(values),
+        "what": what, "MiB after a third": values[0], "at the end": values[-1], "most": max(values),
         "MiB/h": slope, "± (95 %)": interval,
     }  # fmt: skip
 

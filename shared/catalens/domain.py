@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -389,9 +389,11 @@ class Leg:
     limit: int
 
 
-@dataclass(frozen=True, slots=True)
-class LegHit:
-    """A product found by one leg; `score` is the cosine or the BM25 score, higher is better."""
+class LegHit(NamedTuple):
+    """A product found by one leg; `score` is the cosine or the BM25 score, higher is better.
+
+    A tuple, because a search makes hundreds and a dataclass takes three times as long to make.
+    """
 
     product_id: str
     score: float

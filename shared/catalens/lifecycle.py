@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -32,6 +33,15 @@ async def stop_on_signals() -> AsyncIterator[asyncio.Event]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+def started() -> None:
+    """Leave what start-up made out of garbage collections from now on.
+
+    It lives as long as the process, and each full collection would stop every request to look through it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 async def supervise(

@@ -74,7 +74,7 @@ class HttpSettings(Section):
     search_timeout: Seconds = Field(
         default=15.0,
         description="a search is answered within this, seconds; the encoder has two thirds of it, then words alone are "
-        "searched, and an index that is late is answered 503",
+        "searched; facets and numbers of variants that are late are left out, hits that are late are answered 503",
     )
     cors_origins: tuple[Origin, ...] = Field(
         default=(),
@@ -238,7 +238,9 @@ class EncoderSettings(Section):
     )
     queue: Count = Field(default=256, description="items that may wait; beyond, queries get 429 and bulk work waits")
     cache_entries: Annotated[int, Field(ge=0)] = Field(
-        default=100_000, description="vectors kept in the embedding cache"
+        default=100_000,
+        description="vectors kept in the embedding cache of a process without Redis, each 4 bytes a dimension and 450 "
+        "more: of 512 dimensions 240 MiB once it is full",
     )
 
 

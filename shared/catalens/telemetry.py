@@ -265,7 +265,10 @@ class Metrics:
 
         # --- query
         self.searches = Counter(
-            "catalens_searches", "Searches by the mode that answered.", ["mode", "degraded"], registry=add
+            "catalens_searches",
+            "Searches by the mode that answered; degraded: by words only, for want of the encoder.",
+            ["mode", "degraded"],
+            registry=add,
         )
         self.search_stages = Histogram(
             "catalens_search_stage_seconds",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
+import pytest
 from tests.shop import open_shop
 
 from catalens.domain import Product
@@ -37,3 +39,24 @@ async def test_an_index_that_is_late_is_503_and_then_goes_on(tmp_path: Path) -> 
         while (answer := await shop.call("POST", "/api/v1/search", json={"query": "red shoe"})).status == 503:
             pass  # it works off what was asked meanwhile
         assert answer.json["results"][0]["product_id"] == "a"
+
+
+async def test_facets_that_are_late_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_shop(tmp_path, http=HttpSettings(search_timeout=LIMIT)) as shop:
+        await shop.put(Product(product_id="a", name="red shoe", brand="Velo", group_id="g"))
+        index = shop.engines.index
+        assert isinstance(index, EdgeIndex)
+        pid, facet = index._engine._process.pid, index.facet
+
+        async def stopped(*asked: Any) -> Any:  # the port's own
+            os.kill(pid, signal.SIGSTOP)
+            return await facet(*asked)
+
+        monkeypatch.setattr(index, "facet", stopped)
+        try:
+            found = await shop.search(query="red shoe", facets=["brand"], group_by="group_id", mode="lexical")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert [(hit["product_id"], hit["variants"]) for hit in found["results"]] == [("a", 1)]
+        assert found["degraded"] == f"without facets: the search took longer than {LIMIT:g} s"
+        assert "facets" not in found

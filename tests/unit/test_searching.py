@@ -1,24 +1,25 @@
-"""What a search does when the encoder is busy, away or silent: words still find, and the answer says so."""
+"""What a search does when the encoder or a part of the index is busy, away or silent: what can be told is told."""
 
 # ruff: noqa: ARG002  # fakes take the arguments of their ports
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from catalens.domain import Filter, Leg, LegHit, ModelSpec, Product, StoredProduct
+from catalens.domain import FacetCount, FacetKey, Facts, Filter, Leg, LegHit, ModelSpec, Product, StoredProduct
 from catalens.embedding import CachedEncoder
 from catalens.engines.memory import MemoryCache
 from catalens.errors import CatalensError, Overloaded, Transient
 from catalens.ports import EncodedImage
 from catalens.telemetry import Metrics
 from catalens_query.planner import RequestMode
-from catalens_query.searching import Search, Searcher, Term
+from catalens_query.searching import Order, Search, Searcher, Term
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -47,15 +48,37 @@ class AwayEncoder:
 
 
 class OneProductIndex:
-    """An index whose every leg finds one product; only its reads are here."""
+    """An index whose every leg finds one product; only its reads are here. What is in `broken` is run first."""
+
+    def __init__(self, broken: Mapping[str, Callable[[], Awaitable[None]]] | None = None) -> None:
+        self._broken = broken or {}
+
+    async def _may_break(self, method: str) -> None:
+        if method in self._broken:
+            await self._broken[method]()
 
     async def search(self, tenant: str, legs: Sequence[Leg], where: Filter) -> Sequence[Sequence[LegHit]]:
+        await self._may_break("search")
         return [[LegHit("p", 1.0)] for _ in legs]
+
+    async def facts(self, tenant: str, product_ids: Sequence[str]) -> Mapping[str, Facts]:
+        return {"p": Facts(version=1, group_id="g")}
+
+    async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
+        await self._may_break("count")
+        return [3 for _ in wheres]
+
+    async def facet(
+        self, tenant: str, asked: Sequence[tuple[FacetKey, Filter]], limit: int
+    ) -> Sequence[Sequence[FacetCount]]:
+        await self._may_break("facet")
+        return [[("Acme", 1)] for _ in asked]
 
     async def get(
         self, tenant: str, product_ids: Sequence[str], *, with_vectors: bool = False
     ) -> Mapping[str, StoredProduct]:
-        product = Product(product_id="p", name="P", version=1)
+        await self._may_break("get")
+        product = Product(product_id="p", name="P", version=1, group_id="g")
         return {"p": StoredProduct(tenant, product, "none", None, 0.0)}
 
     async def page(self, tenant: str, *, after: str | None, limit: int, where: Filter) -> Sequence[StoredProduct]:
@@ -104,3 +127,70 @@ async def test_a_cancelled_search_is_cancelled_and_not_degraded() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+# --- parts of the index that are late or away -------------------------------------------------------------------
+
+
+@pytest.fixture
+def too_late(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Awaitable[None]]:
+    """Return what passes the time of every search and never ends."""
+
+    async def wait() -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time
+        monkeypatch.setattr(loop, "time", lambda: now() + 1000)
+        await asyncio.Event().wait()
+
+    return wait
+
+
+async def refuse() -> None:
+    raise Transient("the index process ended")
+
+
+def shopping(broken: Mapping[str, Callable[[], Awaitable[None]]], error: CatalensError | None = None) -> Searcher:
+    metrics = Metrics()
+    encoder = CachedEncoder(AwayEncoder(error), MemoryCache(10), metrics) if error else None
+    return Searcher(OneProductIndex(broken), encoder, metrics)  # type: ignore[arg-type]  # reads only
+
+
+GROUPED = replace(search("lexical"), order=Order(group_by="group_id"), facets=("brand",), explain=True)
+
+
+@pytest.mark.parametrize(("method", "part"), [("facet", "facets"), ("count", "variants")])
+async def test_hits_are_answered_without_what_the_index_refuses(method: str, part: str) -> None:
+    whole = await shopping({}).search("default", GROUPED)
+    assert (whole.degraded, whole.facets, whole.hits[0].variants) == (None, {"brand": [("Acme", 1)]}, 3)
+    found = await shopping({method: refuse}).search("default", GROUPED)
+    assert found.degraded == f"without {part}: the index process ended"
+    assert found.facets == (None if part == "facets" else whole.facets)
+    assert [hit.variants for hit in found.hits] == [None if part == "variants" else 3]
+    assert (found.hits[0].score, found.hits[0].parts, found.total) == (whole.hits[0].score, whole.hits[0].parts, 1)
+
+
+async def test_hits_are_answered_without_facets_that_are_late(too_late: Callable[[], Awaitable[None]]) -> None:
+    found = await shopping({"facet": too_late}).search("default", GROUPED)
+    assert found.degraded == "without facets: the search took longer than 15 s"
+    assert (found.facets, [hit.variants for hit in found.hits]) == (None, [3])
+
+
+async def test_every_part_that_is_missing_is_named(too_late: Callable[[], Awaitable[None]]) -> None:
+    away = Transient("the runtime is away")
+    index = {"count": too_late, "facet": too_late}
+    found = await shopping(index, away).search("default", replace(GROUPED, mode="auto"))
+    assert found.degraded == (
+        "searched by words only: the runtime is away; without variants: the search took longer than 15 s; "
+        "without facets: the search took longer than 15 s"
+    )
+    assert len(found.hits) == 1
+
+
+@pytest.mark.parametrize("method", ["search", "get"])
+async def test_a_search_whose_hits_are_late_is_not_answered(
+    method: str, too_late: Callable[[], Awaitable[None]]
+) -> None:
+    with pytest.raises(Transient, match="longer than 15 s"):
+        await shopping({method: too_late}).search("default", GROUPED)
+    with pytest.raises(Transient, match="process ended"):
+        await shopping({method: refuse}).search("default", GROUPED)

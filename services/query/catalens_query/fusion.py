@@ -8,8 +8,9 @@ Hybrid Retrieval", 2023 (arXiv 2210.11934).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from operator import itemgetter
 from typing import Final, Literal
 
@@ -58,13 +59,16 @@ def fuse(lists: Sequence[RankedList], *, calibrate: bool = False) -> list[LegHit
     a picture is not held against it where that is known: the mean is over the lists that can judge it.
     """
     if len(lists) == 1 and not calibrate:
-        return _ordered({hit.product_id: hit.score for hit in lists[0].hits})
+        return _ordered(dict(lists[0].hits))
     sums: dict[str, float] = {}
     holders: dict[str, int] = {}  # which lists hold the product, a bit each
     for number, one in enumerate(lists):
-        for product_id, value in _calibrated(one).items():
-            sums[product_id] = sums.get(product_id, 0.0) + one.weight * value
-            holders[product_id] = holders.get(product_id, 0) | 1 << number
+        worst, spread = _ends(one)
+        bit, weight = 1 << number, one.weight
+        for product_id, score in one.hits:
+            value = (score - worst) / spread if spread > 0 else 1.0
+            sums[product_id] = sums.get(product_id, 0.0) + weight * value
+            holders[product_id] = holders.get(product_id, 0) | bit
     totals = {
         held: sum(one.weight for number, one in enumerate(lists) if one.judges(known=bool(held >> number & 1)))
         for held in set(holders.values())
@@ -83,7 +87,7 @@ def shares(lists: Sequence[RankedList], product_id: str, *, calibrate: bool = Fa
     total = sum(one.weight for one, _ in judging)
     found = []
     for one, score in judging:
-        value, weight = 0.0 if score is None else _calibration(one)(score), one.weight / total
+        value, weight = 0.0 if score is None else _calibrated(one, score), one.weight / total
         raw = score if len(lists) == 1 and not calibrate else None
         contribution = weight * value if raw is None else raw
         found.append(Part(one.using, contribution, score=score, calibrated=value, weight=weight))
@@ -117,21 +121,20 @@ def own_picture(lists: Sequence[RankedList]) -> str | None:
     return best.product_id if best is not None and best.score >= IDENTICAL else None
 
 
-def _calibrated(one: RankedList) -> Mapping[str, float]:
-    value = _calibration(one)
-    return {hit.product_id: value(hit.score) for hit in one.hits}
-
-
-def _calibration(one: RankedList) -> Callable[[float], float]:
-    """Return what maps the list's scores to 0…1."""
+def _ends(one: RankedList) -> tuple[float, float]:
+    """Return which of the list's scores is mapped to 0, and how far above it the best is; with no spread all are 1."""
     best = one.hits[0].score if one.hits else 0.0
     # BM25 has a natural zero, no word in common; a cosine has none, so the end of the list stands for it.
     worst = one.hits[-1].score if one.hits and one.using != "lexical" else 0.0
-    spread = best - worst
-    return (lambda score: (score - worst) / spread) if spread > 0 else lambda _: 1.0
+    return worst, best - worst
+
+
+def _calibrated(one: RankedList, score: float) -> float:
+    worst, spread = _ends(one)
+    return (score - worst) / spread if spread > 0 else 1.0
 
 
 def _ordered(scores: Mapping[str, float]) -> list[LegHit]:
     ranked = sorted(scores.items())
     ranked.sort(key=itemgetter(1), reverse=True)  # stable: ties stay in product_id order
-    return [LegHit(product_id, score) for product_id, score in ranked]
+    return list(starmap(LegHit, ranked))

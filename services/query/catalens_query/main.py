@@ -6,7 +6,7 @@ import structlog
 
 from catalens.engines import EngineRoom
 from catalens.generations import Encoders, Generation, Generations
-from catalens.lifecycle import run_service, stop_on_signals, supervise
+from catalens.lifecycle import run_service, started, stop_on_signals, supervise
 from catalens.settings import Settings
 from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
@@ -52,6 +52,7 @@ async def serve(settings: Settings) -> None:
             limiter=await room.limiter(),
         )
         async with serving(app, settings) as url:
+            started()
             log.info("process.ready", service="query", url=url, model=generations.current.info.spec.id)
             tasks = {
                 "generations": generations.follow(stop),

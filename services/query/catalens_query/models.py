@@ -345,7 +345,8 @@ class Hit(ProductFields):
     )
     variants: int | None = Field(
         default=None,
-        description="with group_by group_id: how many products under the filters are of its group; 1 without one",
+        description="with group_by group_id: how many products under the filters are of its group; 1 without one; "
+        "absent where that is late, and then `degraded` says so",
     )
     explain: list[Part] | None = Field(default=None, description="if asked for: what the score is made of")
 
@@ -386,12 +387,13 @@ class SearchAnswer(Value):
     )
     facets: dict[str, Facet] | None = Field(
         default=None,
-        description="if asked for: of each field its most frequent values (at most 100), or the range of its numbers",
+        description="if asked for: of each field its most frequent values (at most 100), or the range of its numbers; "
+        "absent where they are late, and then `degraded` says so",
     )
     model: str | None = Field(description="the model bundle's id; null without a model")
     mode: Mode = Field(description="the mode that answered")
     took_ms: float
-    degraded: str | None = Field(default=None, description="why this answer is less than was asked for; else absent")
+    degraded: str | None = Field(default=None, description="what this answer lacks and why; else absent")
     corrected: str | None = Field(
         default=None, description="the words as they were read, where the catalogue knows some of them only nearly so"
     )

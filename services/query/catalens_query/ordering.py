@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
@@ -80,7 +80,7 @@ def _number(facts: Facts, field: str) -> float | None:
 
 def boosted(hits: Sequence[LegHit], facts: Mapping[str, Facts], boosts: Boosts) -> list[LegHit]:
     """Return `hits` with their scores multiplied, best first, ties in product_id order."""
-    raised = [replace(hit, score=hit.score * boosts.multiplier(facts.get(hit.product_id))) for hit in hits]
+    raised = [hit._replace(score=hit.score * boosts.multiplier(facts.get(hit.product_id))) for hit in hits]
     return sorted(raised, key=lambda hit: (-hit.score, hit.product_id))
 
 

@@ -6,10 +6,12 @@ import asyncio
 import math
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 
+import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from catalens.domain import (
@@ -57,9 +59,13 @@ from catalens_query.vocabulary import Reading, Vocabulary, read
 if TYPE_CHECKING:
     from catalens.domain import Embedding
 
+log = structlog.get_logger(__name__)
+
 T = TypeVar("T")
-ENCODER_PATIENCE: Final = 10.0
-"""Seconds after which an encoder that has not answered counts as away."""
+PATIENCE: Final = 15.0
+"""Seconds that a search takes at most."""
+ENCODER_SHARE: Final = 2 / 3
+"""How much of them the encoder has: then it counts as away."""
 _PRODUCT_ID: Final[TypeAdapter[str]] = TypeAdapter(ProductId)
 _SPACES: Final[tuple[DenseName, ...]] = ("image", "text")
 _NOTHING: Final[Mapping[DenseName, Embedding | None]] = {}
@@ -244,30 +250,62 @@ class Searcher:
         *,
         vocabularies: Vocabularies | None = None,
         languages: tuple[Language, ...] = DEFAULT_LANGUAGES,
-        encoder_patience: float = ENCODER_PATIENCE,
+        patience: float = PATIENCE,
+        encoder_patience: float | None = None,
     ) -> None:
         self._index = index
         self._encoder = encoder
         self._metrics = metrics
         self._vocabularies = vocabularies or Vocabularies(languages)
         self._languages = languages
-        self._patience = encoder_patience
+        self._patience = patience
+        self._encoder_patience = patience * ENCODER_SHARE if encoder_patience is None else encoder_patience
         self._samples: dict[str, tuple[float, Sequence[Mapping[str, Embedding]]]] = {}
 
     async def embed_text(self, text: str) -> Embedding:
         """Return the text's vector; raises Transient (no encoder, none that answers), Overloaded and NotLoaded."""
-        return await self._in_time(self._present.text(text))
+        async with self._encoder_in_time():
+            return await self._present.text(text)
 
     async def embed_picture(self, data: bytes) -> Embedding:
         """Return the picture's vector; raises as embed_text, and InvalidPicture."""
-        return await self._in_time(self._present.picture(data))
+        async with self._encoder_in_time():
+            return await self._present.picture(data)
 
     async def probe(self) -> tuple[Tower, Embedding]:
         """Return a vector that a loaded tower computed just now, and which; raises Transient and Overloaded."""
-        return await self._in_time(self._present.probe())
+        async with self._encoder_in_time():
+            return await self._present.probe()
 
     async def search(self, tenant: str, search: Search) -> Found:
-        """Return the page that was asked for; raises InvalidPicture, Transient, Overloaded, NotLoaded."""
+        """Return the page that was asked for; raises InvalidPicture, Transient, Overloaded, NotLoaded.
+
+        Facets and numbers of variants that are late, or that the index does not answer, are left out: `degraded` names
+        them. Without its hits in time a search is Transient.
+        """
+        due = asyncio.get_running_loop().time() + self._patience
+        async with self._search_in_time(due):
+            matched = await self._match(tenant, search)
+            loaded = await self._load(tenant, matched.ranking.hits[search.offset : search.offset + search.limit])
+        lost = [] if matched.degraded is None else [matched.degraded]
+        sizes = counted = None
+        if search.order.group_by == "group_id":
+            sizes = await self._spare("variants", self._sizes(tenant, loaded, matched.where), due, lost)
+        if search.facets:
+            asked = replace(search, words=matched.words.read)
+            counted = await self._spare("facets", self._count(tenant, asked, matched.where, matched.legs), due, lost)
+        self._metrics.searches.labels(matched.mode, str(matched.degraded is not None).lower()).inc()
+        return Found(
+            _page(loaded, matched.ranking, sizes, search),
+            matched.mode,
+            "; ".join(lost) or None,
+            len(matched.ranking.hits) if matched.ranking.complete else None,
+            counted,
+            matched.words.corrected,
+        )
+
+    async def _match(self, tenant: str, search: Search) -> _Matched:
+        """Return the ranking, as deep as the page is."""
         words = await self._words(tenant, search.words)
         chosen = plan(search.mode, search.using, search.weight, words=search.words_share)
         degraded, dense = None, _NOTHING
@@ -292,15 +330,7 @@ class Searcher:
         ranking = await self._rank(
             tenant, legs, where, upto, search.order, by_picture=by_picture, named=named, words=words.read
         )
-        self._metrics.searches.labels(chosen.mode, str(degraded is not None).lower()).inc()
-        return Found(
-            await self._page(tenant, ranking, where, search),
-            chosen.mode,
-            degraded,
-            len(ranking.hits) if ranking.complete else None,
-            await self._count(tenant, replace(search, words=words.read), where, legs) if search.facets else None,
-            words.corrected,
-        )
+        return _Matched(words, chosen.mode, degraded, legs, where, ranking)
 
     async def similar(
         self, tenant: str, product_id: str, using: Using, *, variants: bool, offset: int, limit: int
@@ -309,13 +339,14 @@ class Searcher:
 
         Needs no encoder. Raises NotFound, Transient.
         """
-        stored = (await self._index.get(tenant, [product_id], with_vectors=True)).get(product_id)
-        if stored is None:
-            raise NotFound(f"product {product_id} does not exist")
-        group = stored.product.group_id
-        where = Filter(exclude=(product_id,), without_groups=() if variants or group is None else (group,))
-        ranking = await self._rank(tenant, similar_legs(stored.vectors, using), where, offset + limit)
-        hits = await self._load(tenant, ranking.hits[offset : offset + limit])
+        async with self._search_in_time(asyncio.get_running_loop().time() + self._patience):
+            stored = (await self._index.get(tenant, [product_id], with_vectors=True)).get(product_id)
+            if stored is None:
+                raise NotFound(f"product {product_id} does not exist")
+            group = stored.product.group_id
+            where = Filter(exclude=(product_id,), without_groups=() if variants or group is None else (group,))
+            ranking = await self._rank(tenant, similar_legs(stored.vectors, using), where, offset + limit)
+            hits = await self._load(tenant, ranking.hits[offset : offset + limit])
         return Found(
             [Hit(stored, hit.score) for hit, stored in hits],
             "semantic",
@@ -335,12 +366,31 @@ class Searcher:
             raise Transient("no model is loaded")
         return self._encoder
 
-    async def _in_time(self, work: Awaitable[T]) -> T:
+    @asynccontextmanager
+    async def _encoder_in_time(self) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(self._patience):
-                return await work
+            async with asyncio.timeout(self._encoder_patience):
+                yield
         except TimeoutError as error:
-            raise Transient(f"the encoder did not answer within {self._patience:g} s") from error
+            raise Transient(f"the encoder did not answer within {self._encoder_patience:g} s") from error
+
+    @asynccontextmanager
+    async def _search_in_time(self, due: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(due):
+                yield
+        except TimeoutError as error:
+            raise Transient(f"the search took longer than {self._patience:g} s") from error
+
+    async def _spare(self, what: str, work: Awaitable[T], due: float, lost: list[str]) -> T | None:
+        """Return what an answer can do without; None where it is late or the index is away, and `lost` says why."""
+        try:
+            async with self._search_in_time(due):
+                return await work
+        except Transient as error:
+            log.warning("search.incomplete", without=what, error=str(error))
+            lost.append(f"without {what}: {error}")
+            return None
 
     async def _query_vectors(self, tenant: str, search: Search) -> Mapping[DenseName, Embedding | None]:
         """Return what each dense list is asked with: the query, drawn to what is liked, pushed from what is not."""
@@ -407,7 +457,7 @@ class Searcher:
                 found = [hit for hit in found if ranking.relevance[hit.product_id] >= order.min_score]
             with stage(self._metrics.search_stages, "fuse"):
                 fresh = [hit for hit in found if hit.product_id not in ranking.tier_of]
-                ranking.tier_of.update((hit.product_id, len(ranking.tiers)) for hit in fresh)
+                ranking.tier_of |= dict.fromkeys((hit.product_id for hit in fresh), len(ranking.tiers))
                 ranking.tiers.append(lists)
             complete = all(one.complete for one in lists) or len(depths) == 1
             exact = None
@@ -579,28 +629,34 @@ class Searcher:
         itself = replace(where, conditions=(*where.conditions, Condition("product_id", (text,))))
         return bool(await self._index.page(tenant, after=None, limit=1, where=itself))
 
-    async def _page(self, tenant: str, ranking: _Ranking, where: Filter, search: Search) -> list[Hit]:
-        hits = await self._load(tenant, ranking.hits[search.offset : search.offset + search.limit])
-        groups = [stored.product.group_id for _, stored in hits if search.order.group_by == "group_id"]
-        named = [group for group in groups if group is not None]
-        wheres = [replace(where, conditions=(*where.conditions, Condition("group_id", (group,)))) for group in named]
-        sizes = dict(zip(named, await self._index.count(tenant, wheres), strict=True)) if named else {}
-        return [
-            Hit(
-                stored,
-                hit.score,
-                sizes.get(stored.product.group_id or "", 1) if search.order.group_by == "group_id" else None,
-                ranking.explain(hit) if search.explain else None,
-                ranking.relevance[hit.product_id] if search.order.min_score is not None else None,
-            )
-            for hit, stored in hits
-        ]
+    async def _sizes(
+        self, tenant: str, loaded: Sequence[tuple[LegHit, StoredProduct]], where: Filter
+    ) -> Mapping[str, int]:
+        """Return how many products under the filters each group of the page has."""
+        groups = [stored.product.group_id for _, stored in loaded if stored.product.group_id is not None]
+        wheres = [replace(where, conditions=(*where.conditions, Condition("group_id", (group,)))) for group in groups]
+        return dict(zip(groups, await self._index.count(tenant, wheres), strict=True)) if groups else {}
 
     async def _load(self, tenant: str, hits: Sequence[LegHit]) -> list[tuple[LegHit, StoredProduct]]:
         with stage(self._metrics.search_stages, "load"):
             stored = await self._index.get(tenant, [hit.product_id for hit in hits]) if hits else {}
         # Deleted since it was ranked: left out.
         return [(hit, stored[hit.product_id]) for hit in hits if hit.product_id in stored]
+
+
+def _page(
+    loaded: Sequence[tuple[LegHit, StoredProduct]], ranking: _Ranking, sizes: Mapping[str, int] | None, search: Search
+) -> list[Hit]:
+    return [
+        Hit(
+            stored,
+            hit.score,
+            None if sizes is None else sizes.get(stored.product.group_id or "", 1),
+            ranking.explain(hit) if search.explain else None,
+            ranking.relevance[hit.product_id] if search.order.min_score is not None else None,
+        )
+        for hit, stored in loaded
+    ]
 
 
 def _depths(legs: Sequence[WeightedLeg], order: Order) -> Sequence[int]:
@@ -626,6 +682,18 @@ class _Words:
     read: tuple[Term, ...]
     """With the likeliest correction of each that seemed misspelt."""
     corrected: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Matched:
+    """What a search matched, and by which means."""
+
+    words: _Words
+    mode: Mode
+    degraded: str | None
+    legs: Sequence[WeightedLeg]
+    where: Filter
+    ranking: _Ranking
 
 
 def _read(words: tuple[Term, ...], vocabulary: Vocabulary | None, languages: tuple[Language, ...]) -> _Words:

@@ -87,7 +87,7 @@ class QueryService:
             metrics,
             vocabularies=vocabularies,
             languages=languages,
-            encoder_patience=settings.http.search_timeout * 2 / 3,
+            patience=settings.http.search_timeout,
         )
         self._suggester = Suggester(index, vocabularies)
         self._pages = Pages()
@@ -177,7 +177,7 @@ class QueryService:
             explain=body.explain,
         )
         try:
-            found = await self._in_time(self._searcher.search(tenant, search))
+            found = await self._searcher.search(tenant, search)
         except UnknownExample as error:
             raise invalid((error.field, str(error))) from error
         except NoFacet as error:
@@ -200,7 +200,7 @@ class QueryService:
         )
         info = await asyncio.to_thread(self._inspect, data)
         spec = self._spec()
-        found = await self._in_time(self._searcher.search(tenant_of(request), search))
+        found = await self._searcher.search(tenant_of(request), search)
         return reply(
             models.PictureSearchAnswer(
                 **self._answer(found, started),
@@ -221,26 +221,15 @@ class QueryService:
         started = time.perf_counter()
         product_id = read_product_id(request)
         params = read_params(request, models.SimilarParams)
-        found = await self._in_time(
-            self._searcher.similar(
-                tenant_of(request),
-                product_id,
-                params.using,
-                variants=params.variants,
-                offset=params.offset,
-                limit=params.limit,
-            )
+        found = await self._searcher.similar(
+            tenant_of(request),
+            product_id,
+            params.using,
+            variants=params.variants,
+            offset=params.offset,
+            limit=params.limit,
         )
         return reply(models.SearchAnswer(**self._answer(found, started)))
-
-    async def _in_time(self, work: Awaitable[Found]) -> Found:
-        """Return what is found; Transient when the time for it is over, whatever is late then."""
-        limit = self._settings.http.search_timeout
-        try:
-            async with asyncio.timeout(limit):
-                return await work
-        except TimeoutError as error:
-            raise Transient(f"the search took longer than {limit:g} s") from error
 
     async def _suggest(self, request: web.Request) -> web.Response:
         params = read_params(request, models.SuggestParams)

@@ -9,7 +9,7 @@ import structlog
 
 from catalens.engines import EngineRoom, Engines
 from catalens.generations import Encoders, Generation, Generations
-from catalens.lifecycle import stop_on_signals, supervise
+from catalens.lifecycle import started, stop_on_signals, supervise
 from catalens.retry import SystemClock
 from catalens.settings import Settings
 from catalens.telemetry import Metrics
@@ -106,6 +106,7 @@ async def serve(settings: Settings, *, ready: Callable[[str], None] | None = Non
             "reindexing": reindexing.run(stop),
             "housekeeping": keep_house(generations, engines.log, engines.blobs, settings, clock, stop),
         }
+        started()
         spec = generations.current.info.spec
         log.info("process.ready", url=url, model=spec.id, data_dir=str(settings.data_dir))
         if ready is not None:

@@ -132,7 +132,7 @@ class EdgeIndex:
             for leg in legs
         ]
         answer = await self._call("search", tenant, plain, plain_filter(tenant, where))
-        return [[LegHit(product_id, score) for product_id, score in hits] for hits in answer]
+        return [list(itertools.starmap(LegHit, hits)) for hits in answer]
 
     async def get(
         self, tenant: str, product_ids: Sequence[str], *, with_vectors: bool = False

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import gc
 import importlib.util
 import itertools
 import json
@@ -949,6 +950,7 @@ def serve(connection: socket.socket) -> None:
         _send(connection, (number, refusal.kind, str(refusal)))
         return
     _send(connection, (number, "ok", {"lost_batches": store.lost_batches, "points": len(store.directory.entries)}))
+    gc.freeze()  # what is kept of every point is no garbage, and looking through it would stop all calls
     method = ""
     while method != "close":
         _tend_until_called(connection, store)
