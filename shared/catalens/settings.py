@@ -69,7 +69,11 @@ class HttpSettings(Section):
     max_line: Count = Field(default=32 * MIB, description="bytes of one NDJSON line")
     max_batch: Count = Field(default=64, description="requests in one batch call")
     max_wait: Seconds = Field(default=60.0, description="longest `?wait=true&timeout=`, seconds")
-    max_concurrent: Count = Field(default=256, description="requests in work; one more is answered 429")
+    max_concurrent: Count = Field(
+        default=64,
+        description="requests in work, those with `?wait=true` included; one more is answered 429. Under more than can "
+        "be done each takes as long as all of them take",
+    )
     body_timeout: Seconds = Field(default=60.0, description="a request body must arrive within this, seconds")
     search_timeout: Seconds = Field(
         default=15.0,
