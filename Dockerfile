@@ -10,6 +10,11 @@ ARG PYTHON=python:3.13.14-slim-trixie
 # A model to bake in: docker build --build-context model=FOLDER --build-arg MODEL=/opt/model. Without it this is empty.
 FROM scratch AS model
 
+# What the images stand on: a good half of the base is of no use to them, and would be in each (docs/adr/0024).
+FROM ${PYTHON} AS base
+COPY deploy/images/lean.sh /opt/lean.sh
+RUN sh /opt/lean.sh
+
 FROM ${PYTHON} AS tools
 COPY requirements/image-build.txt /src/requirements/
 RUN python -m venv /opt/build \
@@ -31,9 +36,12 @@ COPY requirements/image-ingest.txt /src/requirements/
 RUN python -m venv --without-pip /opt/catalens \
     && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-ingest.txt
 COPY --from=wheel /wheels /wheels
-# Ingest reads no more of a model than what it calls itself.
+# Ingest reads no more of a model than what it calls itself, and is no other service. What compilers and editors read
+# (*.pyi and the like) is of no use in any image.
 RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
-    && rm -r /opt/catalens/lib/python*/site-packages/catalens_standalone/demo \
+    && for other in embedder query standalone; do rm -r /opt/catalens/lib/python*/site-packages/catalens_$other; done \
+    && rm /opt/catalens/bin/catalens /opt/catalens/bin/catalens-embedder /opt/catalens/bin/catalens-query \
+    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
     && rm /opt/catalens/lib/python*/site-packages/catalens/bundles/starter/*.onnx \
     && rm /opt/catalens/lib/python*/site-packages/catalens/bundles/starter/tokenizer.json \
     && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
@@ -50,6 +58,7 @@ RUN python -m venv --without-pip /opt/catalens \
 COPY --from=wheel /wheels /wheels
 RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
     && rm -r /opt/catalens/lib/python*/site-packages/catalens_standalone/demo \
+    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
     && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
 
 FROM tools AS env-standalone
@@ -65,6 +74,7 @@ COPY --from=wheel /wheels /wheels
 RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
     && mv /opt/catalens/lib/python*/site-packages/catalens_standalone/demo /opt/catalens/demo \
     && ln -s /opt/catalens/demo "$(echo /opt/catalens/lib/python*/site-packages/catalens_standalone)/demo" \
+    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
     && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
 
 FROM tools AS env-torch
@@ -77,7 +87,10 @@ RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /
 
 # --- Images
 
-FROM ${PYTHON} AS runtime
+FROM scratch AS runtime
+# Whole and onto nothing: what a layer deletes is still in the one below it.
+# hadolint ignore=DL3067
+COPY --from=base / /
 ARG CREATED="" MODEL="" REVISION="" SOURCE="" VERSION=""
 LABEL org.opencontainers.image.title="Catalens" \
       org.opencontainers.image.description="Self-hosted multimodal product search" \
@@ -87,7 +100,7 @@ LABEL org.opencontainers.image.title="Catalens" \
       org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.version="${VERSION}"
 # Beyond the container's own loopback a service starts only with CATALENS_API_KEYS or CATALENS_ALLOW_ANONYMOUS=true.
-ENV PATH=/opt/catalens/bin:$PATH \
+ENV PATH=/opt/catalens/bin:/usr/local/bin:/usr/sbin:/usr/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
@@ -97,9 +110,6 @@ ENV PATH=/opt/catalens/bin:$PATH \
     CATALENS_MODEL=${MODEL}
 COPY deploy/images/probe.py /opt/probe.py
 COPY --from=model / /opt/model/
-# What is mounted over these folders in its first life takes their owner.
-RUN mkdir -p /data/models /pictures \
-    && chown -R 10001:10001 /data /pictures
 USER 10001:10001
 WORKDIR /data
 VOLUME /data

@@ -4,7 +4,8 @@
 
 Each target's stages are carried out in an empty folder that stands for the container's root: COPY copies, RUN runs in
 the shell with /opt and the other folders moved below that root. So the lock files, the install lines and what is
-removed afterwards are real. What it is not: the base image, a read-only root file system, and another user.
+removed afterwards are real. What it is not: the base image and what is taken from it, a read-only root file system,
+and another user.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ DOCKERFILE: Final = ROOT / "Dockerfile"
 TARGETS: Final = ("ingest", "embedder", "query", "standalone")
 """Those that are checked unless others are named: torch and cuda are gigabytes."""
 ABSENT: Final = {
-    "ingest": ("numpy", "openvino", "onnxruntime", "tokenizers", "torch", "qdrant_client", "qdrant_edge", "typer"),
+    "ingest": (
+        "numpy", "openvino", "onnxruntime", "tokenizers", "torch", "qdrant_client", "qdrant_edge", "typer",
+        "catalens_embedder", "catalens_query", "catalens_standalone",
+    ),
     "embedder": ("torch", "transformers", "onnxruntime", "qdrant_edge", "typer"),
     "query": ("torch", "transformers", "onnxruntime", "qdrant_edge", "typer"),
     "standalone": ("torch", "transformers", "onnxruntime"),
-}
+}  # fmt: skip
 """What an image must not contain."""
 PRESENT: Final = {
     "ingest": ("aiokafka", "cramjam", "redis", "obstore", "opentelemetry.sdk"),
@@ -44,6 +48,8 @@ PRESENT: Final = {
     "query": ("aiokafka", "cramjam", "redis", "obstore", "opentelemetry.sdk", "qdrant_client", "openvino"),
     "standalone": ("aiokafka", "cramjam", "redis", "obstore", "opentelemetry.sdk", "qdrant_client", "qdrant_edge"),
 }
+SYSTEM: Final = "base"
+"""The stage that deletes most of the system it runs in: never carried out here."""
 _MOVED: Final = re.compile(r"(?<![\w./*-])/(?=(?:opt|src|wheels|data|pictures)\b)")
 
 
@@ -85,11 +91,11 @@ def _instructions(text: str) -> Iterator[tuple[str, str]]:
 
 
 def needed(target: str, all_stages: dict[str, Stage]) -> list[Stage]:
-    """Return the stages that `target` is made from, those first that others need."""
+    """Return the stages that `target` is made from, those first that others need; without SYSTEM."""
     order: list[Stage] = []
 
     def visit(stage: Stage) -> None:
-        if stage in order:
+        if stage in order or stage.name == SYSTEM:
             return
         sources = [stage.base, *(match[1] for op, value in stage.steps if (match := re.match(r"--from=(\S+)", value)))]
         for name in sources:
@@ -133,6 +139,7 @@ def build(target: str, root: Path, python: Path) -> None:
             if instruction == "COPY":
                 _copy(value, root)
             elif instruction == "RUN":
+                _require("lean.sh" not in value, f"{stage.name} would delete parts of this machine")
                 command = _below(value, root)
                 if os.geteuid() != 0:
                     command = f"chown() {{ :; }}; {command}"

@@ -24,7 +24,7 @@ param qdrantUrl string = ''
 param qdrantApiKey string = ''
 
 @secure()
-@description('Keys that ingest and query accept, as JSON: [{"name": "shop", "secret": "…"}]')
+@description('Keys that ingest and query accept: the content of the file that `catalens keys create` writes.')
 param apiKeys string
 
 @description('Of each topic: the most workers that can share the work. Standard namespaces have at most 32.')
@@ -297,6 +297,10 @@ var volumes = [
   { name: 'data', storageType: 'EmptyDir' } // caches; nothing that must survive
   { name: 'models', storageType: 'AzureFile', storageName: environment::models.name }
 ]
+// Asked of callers: hashes, in a file. A folder is mounted, and read again when it changes.
+var keysFile = { name: 'CATALENS_API_KEYS_FILE', value: '/etc/catalens/keys.jsonl' }
+var keysMount = { volumeName: 'keys', mountPath: '/etc/catalens' }
+var keysVolume = { name: 'keys', storageType: 'Secret', secrets: [{ secretRef: 'api-keys', path: 'keys.jsonl' }] }
 var probes = [
   { type: 'Startup', httpGet: { path: '/livez', port: port }, periodSeconds: 5, failureThreshold: 60 }
   { type: 'Liveness', httpGet: { path: '/livez', port: port }, periodSeconds: 10, failureThreshold: 6, timeoutSeconds: 5 }
@@ -323,13 +327,13 @@ resource ingest 'Microsoft.App/containerApps@2025-01-01' = {
         {
           name: 'ingest'
           image: '${images.properties.loginServer}/catalens-ingest:${release}'
-          env: concat(shared, [{ name: 'CATALENS_API_KEYS', secretRef: 'api-keys' }])
+          env: concat(shared, [keysFile])
           resources: { cpu: json('0.5'), memory: '1Gi' }
           probes: probes
-          volumeMounts: mounts
+          volumeMounts: concat(mounts, [keysMount])
         }
       ]
-      volumes: volumes
+      volumes: concat(volumes, [keysVolume])
       scale: { minReplicas: 0, maxReplicas: 10, rules: http }
     }
   }
@@ -355,15 +359,15 @@ resource query 'Microsoft.App/containerApps@2025-01-01' = {
           name: 'query'
           image: '${images.properties.loginServer}/catalens-query:${release}'
           env: concat(shared, [
-            { name: 'CATALENS_API_KEYS', secretRef: 'api-keys' }
+            keysFile
             { name: 'CATALENS_ENCODER__LANES', value: '2' }
           ])
           resources: { cpu: json('2.0'), memory: '4Gi' }
           probes: probes
-          volumeMounts: mounts
+          volumeMounts: concat(mounts, [keysMount])
         }
       ]
-      volumes: volumes
+      volumes: concat(volumes, [keysVolume])
       scale: { minReplicas: queryReplicas, maxReplicas: 10, rules: http }
     }
   }

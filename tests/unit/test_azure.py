@@ -103,9 +103,17 @@ def test_ports_probes_and_deadlines_are_those_of_the_services() -> None:
         (seconds,) = re.findall(r"terminationGracePeriodSeconds: (\d+)", text)
         assert int(seconds) > Settings(_env_file=None).embedder.drain_deadline + 5
         assert f"/catalens-{name}:${{release}}" in text
-        assert ("CATALENS_API_KEYS" in text) == (name in DOORS)
+        for part in ("keysFile", "volumeMounts: concat(mounts, [keysMount])", "volumes: concat(volumes, [keysVolume])"):
+            assert (part in text) == (name in DOORS), name
         assert ("CATALENS_ALLOW_ANONYMOUS" in text) == (name not in DOORS)
         assert ("external: true" in text) == (name in DOORS)
+
+
+def test_the_keys_file_is_a_secret_in_a_folder() -> None:
+    (folder,) = re.findall(r"var keysMount = \{ volumeName: 'keys', mountPath: '(.+)' \}", TEMPLATE)
+    (secret, file) = re.findall(r"var keysVolume = \{.*secretRef: '(.+)', path: '(.+)' \}\] \}", TEMPLATE)[0]
+    assert f"var keysFile = {{ name: 'CATALENS_API_KEYS_FILE', value: '{folder}/{file}' }}" in TEMPLATE
+    assert secret in {entry["name"] for entry in listed("secrets")}
 
 
 def test_no_image_is_latest_and_no_secret_is_written() -> None:

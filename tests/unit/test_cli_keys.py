@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from catalens.errors import Misconfigured
-from catalens.keys import Keyring
+from catalens.keys import Keyring, digest_of
 from catalens.settings import Settings
 from catalens_standalone.cli import app
 
@@ -47,6 +47,24 @@ def test_a_key_goes_into_the_file_as_its_hash(file: Path) -> None:
 def test_the_file_is_made_for_its_owner_only(file: Path) -> None:
     assert create("shop", "--scope", "query").exit_code == 0
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_is_swapped_as_the_kubelet_does_is_read_again(file: Path) -> None:
+    """A mounted Secret is a link to a folder; a new version is another folder, and the link is replaced in one step."""
+    folder = file.parent
+    for version, name in (("..1", "old"), ("..2", "new")):
+        (folder / version).mkdir()
+        entry = {"name": name, "sha256": digest_of(f"the secret of {name}")}
+        (folder / version / "keys.jsonl").write_text(json.dumps(entry), encoding="utf-8")
+    (folder / "..data").symlink_to("..1")
+    file.symlink_to("..data/keys.jsonl")
+    keyring = Keyring(Settings(_env_file=None))
+    assert [key.name for key in keyring.keys] == ["old"]
+    (folder / "..next").symlink_to("..2")
+    (folder / "..next").replace(folder / "..data")
+    assert keyring.refresh()
+    assert keyring.find("the secret of old") is None
+    assert keyring.find("the secret of new") is not None
 
 
 def test_without_a_file_the_entry_is_printed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

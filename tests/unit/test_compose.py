@@ -16,6 +16,7 @@ import typer
 import yaml
 from scripts.image_check import chain, last, stages
 
+from catalens.keys import parse_keys
 from catalens.settings import Settings
 from catalens_standalone.cli import app
 from catalens_standalone.doctor import variables
@@ -77,6 +78,19 @@ def test_what_env_may_say_wrongly_is_set_here() -> None:
     for name in ("ingest", "embedder", "query"):
         assert must <= OURS[name]["environment"].keys()
     assert {"path": ".env", "required": False} in OURS["ingest"]["env_file"]
+
+
+def test_the_keys_file_is_a_secret_of_those_that_ask_for_keys_and_nobody_else_is_told_its_path() -> None:
+    """`.env` names a file of this machine, and reaches every service: in a container that path is nowhere."""
+    told = {name: service["environment"].get("CATALENS_API_KEYS_FILE") for name, service in OURS.items()}
+    doors = {name for name, variable in told.items() if variable}
+    assert doors == {"ingest", "query"} == {name for name, service in OURS.items() if "secrets" in service}
+    assert {told[name] for name in doors} == {"${CATALENS_API_KEYS_FILE:+/run/secrets/api-keys}"}
+    assert all(OURS[name]["secrets"] == ["api-keys"] for name in doors)
+    assert told["embedder"] == told["topics"] == ""
+    named = re.fullmatch(r"\$\{CATALENS_API_KEYS_FILE:-(\./.+)\}", COMPOSE["secrets"]["api-keys"]["file"])
+    assert named is not None, "without .env it starts all the same"
+    assert parse_keys((ROOT / named[1]).read_bytes(), None) == ()
 
 
 def test_there_are_no_secrets() -> None:

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from scripts.image_check import PRESENT, ROOT, Stage, chain, last, needed, stages
+from scripts.image_check import PRESENT, ROOT, SYSTEM, Stage, chain, last, needed, stages
 from scripts.image_digests import FILES, foreign, pinned
 
 from catalens_standalone.doctor import variables
@@ -69,7 +69,52 @@ def test_nothing_is_installed_in_an_image_itself(image: str) -> None:
         if op == "RUN":
             assert not re.search(r"\b(pip|apt-get|apk|curl|wget)\b", value), value
         if op == "COPY" and (copied := re.match(r"--from=(\S+) (\S+)", value)):
-            assert copied[1] == "model" or copied[2] == "/opt/catalens", value
+            assert copied[1] in ("model", SYSTEM) or copied[2] == "/opt/catalens", value
+
+
+def test_the_system_is_made_lean_in_a_stage_that_is_never_carried_out_here() -> None:
+    assert steps(SYSTEM, "RUN") == ["sh /opt/lean.sh"]
+    for image in IMAGES:
+        order = needed(image, STAGES)
+        assert order
+        assert not [stage.name for stage in order if any("lean.sh" in value for _, value in stage.steps)]
+        assert STAGES["runtime"].base == "scratch"
+
+
+def test_what_makes_the_system_lean_does_nothing_elsewhere(tmp_path: Path) -> None:
+    """Run where it finds no command: it ends before the first."""
+    done = subprocess.run(
+        ["/bin/sh", str(ROOT / "deploy" / "images" / "lean.sh")],
+        cwd=tmp_path,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "lean.sh is for an image of Python that is being built\n")
+
+
+def test_what_the_images_need_of_the_system_is_not_removed() -> None:
+    script = (ROOT / "deploy" / "images" / "lean.sh").read_text(encoding="utf-8")
+    removed = set(
+        re.sub(
+            r"\\\n|dpkg --purge --force-all", " ", "\n".join(re.findall(r"dpkg --purge (?:.*\\\n)*.*", script))
+        ).split()
+    )
+    assert {"apt", "coreutils", "dpkg", "perl-base"} <= removed
+    assert not removed & {
+        "ca-certificates",
+        "dash",
+        "libc6",
+        "libffi8",
+        "libgcc-s1",
+        "libsqlite3-0",
+        "libssl3t64",
+        "libstdc++6",
+        "netbase",
+        "tzdata",
+        "zlib1g",
+    }
 
 
 def test_everything_installed_is_locked_and_nothing_is_compiled() -> None:

@@ -354,8 +354,35 @@ def test_every_variable_is_a_setting(resources: list[Resource]) -> None:
         assert {key for key in keys if key.startswith("CATALENS_")} <= known
 
 
-def test_the_settings_are_good(resources: list[Resource], monkeypatch: pytest.MonkeyPatch) -> None:
+def keys_file(template: Resource) -> str:
+    """Return what file of API keys the one container of a pod is told to read, and prove that a Secret brings it."""
+    (container,) = template["spec"]["containers"]
+    told = {entry["name"]: entry.get("value", "") for entry in container["env"]}.get("CATALENS_API_KEYS_FILE", "")
+    if told:
+        (mount,) = [entry for entry in container["volumeMounts"] if entry["mountPath"] == str(Path(told).parent)]
+        assert "subPath" not in mount, "the kubelet never changes a single file that is mounted"
+        (volume,) = [entry for entry in template["spec"]["volumes"] if entry["name"] == mount["name"]]
+        assert volume["secret"] == {"secretName": "catalens-api-keys-file", "defaultMode": 0o440}
+        assert template["spec"]["securityContext"]["fsGroup"], "or it could not be read"
+    return told
+
+
+def test_the_keys_file_reaches_those_that_ask_for_keys(built: dict[tuple[str, frozenset[str]], list[Resource]]) -> None:
+    for (_, components), resources in built.items():
+        told = {name for name, template in pods(resources) if name in DEPLOYED and keys_file(template)}
+        assert told == ({"catalens-ingest", "catalens-query"} if "keys-file" in components else set())
+    assert {"catalens-api-keys-file", "catalens-api-keys", "catalens-engines"} <= set(
+        re.findall(r"`(catalens-[a-z-]+)`", (ROOT / "docs" / "how-to" / "kubernetes.md").read_text(encoding="utf-8"))
+    )
+
+
+DEPLOYED: Final = {f"catalens-{service}" for service in SERVICES}
+
+
+def test_the_settings_are_good(resources: list[Resource], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each service takes its settings, and would start with what they say about access, or with keys."""
+    held = tmp_path / "keys.jsonl"
+    held.write_text(json.dumps({"name": "shop", "sha256": "0" * 64}), encoding="utf-8")
     for deployment in of(resources, "Deployment"):
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         for name in [name for name in os.environ if name.startswith("CATALENS_")]:
@@ -364,6 +391,9 @@ def test_the_settings_are_good(resources: list[Resource], monkeypatch: pytest.Mo
             monkeypatch.setenv(name, value)
         if {"secretRef": {"name": "catalens-api-keys", "optional": True}} in container["envFrom"]:
             monkeypatch.setenv("CATALENS_API_KEYS", '[{"name": "shop", "secret": "0123456789abcdef"}]')
+        if keys_file(deployment["spec"]["template"]):
+            monkeypatch.delenv("CATALENS_API_KEYS")  # the file is enough
+            monkeypatch.setenv("CATALENS_API_KEYS_FILE", str(held))
         settings = Settings(_env_file=None)
         build_app([], settings, Metrics(), ready=_never, title="")
         assert settings.kafka.bootstrap_servers
