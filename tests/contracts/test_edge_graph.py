@@ -7,11 +7,8 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
-import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
+from tests.broken_worker import broken_worker
 
 from catalens.domain import (
     Condition,
@@ -100,22 +98,6 @@ def same(one: Iterable[PointState], other: Iterable[PointState]) -> None:
         assert ours.vectors.keys() == theirs.vectors.keys()
         for name, values in ours.vectors.items():
             np.testing.assert_allclose(values, theirs.vectors[name], atol=1e-6)
-
-
-@asynccontextmanager
-async def broken_worker(tmp_path: Path, old: str, new: str) -> AsyncIterator[None]:
-    """The processes that start here run a worker in which `old` is `new`."""
-    module = sys.modules[EdgeIndex.__module__]
-    script = Path(module.__file__ or "").with_name("edge_worker.py")
-    text = script.read_text(encoding="utf-8")
-    assert text.count(old) == 1
-    patched = tmp_path / "worker" / "edge_worker.py"
-    patched.parent.mkdir()
-    patched.write_text(text.replace(old, new), encoding="utf-8")
-    shutil.copy(script.with_name("rules.py"), patched.parent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_WORKER", patched)
-        yield
 
 
 async def test_an_index_of_the_first_format_gets_a_graph_that_finds_the_same(tmp_path: Path) -> None:
@@ -330,3 +312,36 @@ def _runs(process: int) -> bool:
     except FileNotFoundError:
         return False
     return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+async def test_a_number_that_got_its_index_after_the_graph_is_found_through_others(tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+
+    def near(centres: Embedding, noise: float) -> Embedding:
+        found = centres + draw.normal(size=centres.shape, scale=noise / DIMENSION**0.5)
+        units: Embedding = (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+        return units
+
+    centres = near(np.zeros((20, DIMENSION), dtype=np.float32), 1)
+    vectors = near(centres[draw.integers(20, size=2000)], 0.9)
+    documents = [
+        IndexDocument(
+            "shop", Product(product_id=f"p{n}", name="n", version=1, attributes={"size": n % 100}), "ok", image=image
+        )
+        for n, image in enumerate(vectors)
+    ]
+    index = await EdgeIndex.open(tmp_path / "index", SPEC, graph_from=NEVER)
+    await index.upsert(documents)
+    await index.close()
+    with capture_logs() as logs:
+        index = await EdgeIndex.open(tmp_path / "index", SPEC, graph_from=EARLY)
+        await told(logs, "index.optimised")
+    small = Filter((Condition("attributes.size", within=Range(lt=12)),))
+    under = np.array([n for n in range(2000) if n % 100 < 12])
+    shares = []
+    for query in near(centres, 0.45):
+        (hits,) = await index.search("shop", [Leg("image", query, 20)], small)
+        best = {f"p{n}" for n in under[np.argsort(vectors[under] @ query)[-20:]]}
+        shares.append(len(best.intersection(hit.product_id for hit in hits)) / 20)
+    assert sum(shares) >= 0.95 * len(shares)  # without ACORN far fewer: its links end at what the filter excludes
+    await index.close()

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -19,6 +18,7 @@ from uuid import UUID
 import pytest
 import qdrant_edge as edge
 import structlog
+from tests.broken_worker import broken_worker
 
 from catalens.domain import Deletion, Filter, IndexDocument, ModelSpec, Product, TombstoneWrite
 from catalens.engines.edge import EdgeIndex
@@ -190,13 +190,7 @@ async def test_a_full_disk_refuses_the_write_and_serves_on(index: EdgeIndex, tmp
     await index.upsert([document("p")])
     await index.close()
     # The worker that starts next believes that no free space is enough.
-    script = Path(sys.modules[EdgeIndex.__module__].__file__ or "").with_name("edge_worker.py")
-    greedy = tmp_path / "greedy_worker.py"
-    greedy.write_text(script.read_text(encoding="utf-8").replace("128 * 1024 * 1024", "2**62"), encoding="utf-8")
-    shutil.copy(script.with_name("rules.py"), tmp_path)
-    module = sys.modules[EdgeIndex.__module__]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_WORKER", greedy)
+    async with broken_worker(tmp_path, "128 * 1024 * 1024", "2**62"):
         full = await EdgeIndex.open(tmp_path / "index", SPEC)
     with pytest.raises(StorageFull, match="free"):
         await full.upsert([document("q")])

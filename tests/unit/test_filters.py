@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalens.domain import Condition, Filter, Product, Range, point_id
-from catalens.engines.points import number_key, plain_filter, terms_of
+from catalens.engines.points import plain_filter, terms_of
+from catalens.engines.rules import short_key
 
 SCALAR = st.one_of(
     st.booleans(),
@@ -61,8 +62,8 @@ def test_an_attribute_matches_exactly_the_equal_value_of_the_same_type(
 
 @given(name=st.text(min_size=1, max_size=128))
 def test_a_number_key_is_safe_in_a_path(name: str) -> None:
-    assert number_key(name).isalnum()
-    assert len(number_key(name)) == 17
+    assert short_key(name).isalnum()
+    assert len(short_key(name)) == 17
 
 
 def test_an_attribute_cannot_pose_as_a_field() -> None:

@@ -25,6 +25,7 @@ import structlog
 
 from catalens.domain import (
     POINT_NAMESPACE,
+    Condition,
     FacetCount,
     FacetKey,
     Facts,
@@ -46,6 +47,7 @@ from catalens.domain import (
 )
 from catalens.engines.points import (
     NUMBERS,
+    Primitive,
     content_item,
     facet_field,
     facet_value,
@@ -154,7 +156,9 @@ class EdgeIndex:
 
     async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
         """See the port."""
-        counts: list[int] = await self._call("count", tenant, [plain_filter(tenant, where) for where in wheres])
+        clauses: dict[Condition, list[Primitive]] = {}  # what filters have in common is said, and answered, once
+        plain = [plain_filter(tenant, where, clauses) for where in wheres]
+        counts: list[int] = await self._call("count", tenant, plain)
         return counts
 
     async def facet(
@@ -162,8 +166,10 @@ class EdgeIndex:
     ) -> Sequence[Sequence[FacetCount]]:
         """See the port."""
         wheres = list(dict.fromkeys(where for _, where in asked))  # few, and one may name thousands of products
-        plain = [(facet_field(key), wheres.index(where)) for key, where in asked]
-        answer = await self._call("facet", tenant, [plain_filter(tenant, where) for where in wheres], plain, limit)
+        clauses: dict[Condition, list[Primitive]] = {}
+        filters = [plain_filter(tenant, where, clauses) for where in wheres]
+        keys = [(facet_field(key), wheres.index(where)) for key, where in asked]
+        answer = await self._told("facet", tenant, filters, keys, limit)
         return [
             [(facet_value(key, value), count) for value, count in counts]
             for (key, _), counts in zip(asked, answer, strict=True)
@@ -171,10 +177,8 @@ class EdgeIndex:
 
     async def extremes(self, tenant: str, key: NumberKey, where: Filter) -> tuple[float, float] | None:
         """See the port."""
-        found: tuple[float, float] | None = await self._call(
-            "extremes", tenant, NUMBERS[key], plain_filter(tenant, where)
-        )
-        return found
+        ends = await self._told("extremes", tenant, NUMBERS[key], plain_filter(tenant, where))
+        return (ends[0], ends[1]) if ends else None
 
     async def page(self, tenant: str, *, after: str | None, limit: int, where: Filter) -> Sequence[StoredProduct]:
         """See the port."""
@@ -218,6 +222,12 @@ class EdgeIndex:
     async def _write(self, method: str, items: list[dict[str, Any]]) -> list[WriteOutcome]:
         outcomes: list[WriteOutcome] = await self._call(method, items) if items else []
         return outcomes
+
+    async def _told(self, method: str, *arguments: object) -> Any:  # what the process answers
+        """Ask until there is an answer: each time, the process reads a little of what it needs to know for it."""
+        while (answer := await self._call(method, *arguments)) is None:
+            pass
+        return answer
 
     async def _call(self, method: str, *arguments: object) -> Any:  # what the process answers
         if self._closed:

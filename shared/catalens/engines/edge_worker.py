@@ -35,6 +35,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID, uuid5
@@ -42,14 +43,21 @@ from uuid import UUID, uuid5
 import qdrant_edge as edge
 
 if TYPE_CHECKING:
-    from catalens.engines import rules
+    from catalens.engines import columns, rules
     from catalens.engines.rules import Draft, Outcome, Payload, Rule
 else:
-    # By its path: what the file beside this one is called, without the package around it.
-    _spec = importlib.util.spec_from_file_location("rules", Path(__file__).with_name("rules.py"))
-    rules = sys.modules["rules"] = importlib.util.module_from_spec(_spec)  # dataclasses look their module up there
-    _spec.loader.exec_module(rules)
+
+    def _beside(name):
+        """Load the file beside this one that is called so, without the package around it."""
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return module
+
+    rules = _beside("rules")
     Draft = rules.Draft
+    if __name__ != "__main__" or sys.argv[1] != "optimise":  # which counts nothing
+        columns = _beside("columns")
 
 FORMAT: Final = 1
 """Version of the folder's layout; a release that changes it upgrades the folder or says what to do."""
@@ -58,6 +66,8 @@ FIRST_SHARD: Final = "shard"
 OPTIMISED: Final = 2
 """The format of a folder whose meta.json names the shard; a release that knows FORMAT alone leaves it alone."""
 LENGTH: Final = struct.Struct("<Q")
+COLUMNS: Final = "columns.json"
+"""The names of the columns that were asked for, so that the next process reads them when it opens the folder."""
 FLUSH_EVERY: Final = 5.0
 """Seconds that a write may wait for its fsync; kill -9 costs nothing, power loss at most this."""
 GONE: Final = ("deleted", "offer")
@@ -68,10 +78,14 @@ LOCK_PATIENCE: Final = 3.0
 """Seconds to wait for the folder: the child of a killed process needs a moment to see its end."""
 MAX_NUMBER_INDEXES: Final = 64
 """Numeric attributes that get an index of their own; what is asked beyond is scanned."""
-MAX_FACET_INDEXES: Final = 64
+MAX_COLUMNS: Final = 100
 """Fields whose values can be counted."""
+MAX_FILTERED: Final = 32
+"""Columns from which on no filter makes another one, but is left to the engine."""
 MAX_FACET_KEYS: Final = 1000
-"""Fields of which it is remembered that some product has them: no index is made for what nobody has."""
+"""Fields of which it is remembered that some product has them: no column is read for what nobody has."""
+READ: Final = 2000
+"""Points that are read into new columns at a time, while calls wait."""
 MARKER: Final = UUID(int=0)
 """The point that counts write batches; compared at start with the count that was acknowledged."""
 
@@ -114,7 +128,7 @@ class Refusal(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
     """What is kept in memory of every point."""
 
@@ -123,6 +137,8 @@ class Entry:
     state: str
     pending: bool
     indexed_at: float
+    slot: int = -1
+    """Of a live product, where its tenant's columns have it."""
 
 
 @dataclass(slots=True)
@@ -133,29 +149,39 @@ class TenantView:
     """Product ids of live products, ascending by code point."""
     states: Counter[str] = field(default_factory=Counter)
     pending: int = 0
+    table: columns.Table = field(default_factory=lambda: columns.Table())  # noqa: PLW0108  # `optimise` has none
 
 
 class Directory:
     """Who is stored, in memory: paging in id order, counts and point id → product id without asking the engine."""
 
-    def __init__(self, entries: Iterable[tuple[UUID, Entry]]) -> None:
+    def __init__(self, points: Iterable[tuple[UUID, Payload]], keys: Sequence[str]) -> None:
         self.entries: dict[UUID, Entry] = {}
         self.tenants: defaultdict[str, TenantView] = defaultdict(TenantView)
-        for point, entry in entries:
-            self.entries[point] = entry
-            self._count(entry, 1)
+        self.keys = list(keys)
+        """The columns that are kept."""
+        for point, payload in points:
+            entry = self._put(point, payload)
             if entry.state == "live":
                 self.tenants[entry.tenant].live.append(entry.product_id)
         for view in self.tenants.values():
             view.live.sort()
 
-    def put(self, point: UUID, entry: Entry) -> None:
-        """Remember the newest entry of `point`."""
+    def put(self, point: UUID, payload: Payload) -> None:
+        """Remember the newest payload of `point`."""
         self.drop(point)
-        self.entries[point] = entry
-        self._count(entry, 1)
+        entry = self._put(point, payload)
         if entry.state == "live":
             insort(self.tenants[entry.tenant].live, entry.product_id)
+
+    def _put(self, point: UUID, payload: Payload) -> Entry:
+        entry = self.entries[point] = _entry(payload)
+        self._count(entry, 1)
+        if entry.state == "live":
+            table = self.tenants[entry.tenant].table
+            entry.slot = table.new()
+            table.add(entry.slot, payload, self.keys)
+        return entry
 
     def drop(self, point: UUID) -> None:
         """Forget `point`, if it is known."""
@@ -164,13 +190,29 @@ class Directory:
             return
         self._count(entry, -1)
         if entry.state == "live":
-            live = self.tenants[entry.tenant].live
-            del live[bisect_left(live, entry.product_id)]
+            view = self.tenants[entry.tenant]
+            del view.live[bisect_left(view.live, entry.product_id)]
+            view.table.drop(entry.slot)
+            if view.table.wasteful:
+                slots = view.table.compact()
+                for other in self.entries.values():
+                    if other.state == "live" and other.tenant == entry.tenant:
+                        other.slot = slots[other.slot]
 
     def _count(self, entry: Entry, step: int) -> None:
         view = self.tenants[entry.tenant]
         view.states[entry.state] += step
         view.pending += step * entry.pending
+
+
+@dataclass(slots=True)
+class Reading:
+    """Columns that are being read from the points, in the order of their ids."""
+
+    keys: list[str]
+    offset: Any = None
+    written: set[UUID] = field(default_factory=set)
+    """What was written since it began: the columns have that."""
 
 
 class Store:
@@ -201,7 +243,10 @@ class Store:
         """The same, of earlier processes."""
         self._optimising: Optimising | None = None
         self._not_before = 0.0
-        self.directory = Directory(self._scan())
+        self._columns = set(_remembered(folder / COLUMNS))
+        """The columns that are whole."""
+        self._reading: Reading | None = None
+        self.directory = Directory(self._scan(), sorted(self._columns))
         self._acknowledged = os.open(folder / "acknowledged", os.O_RDWR | os.O_CREAT, 0o644)
         acknowledged = int.from_bytes(os.pread(self._acknowledged, 8, 0), "little")
         self.lost_batches = max(0, acknowledged - self._sequence)
@@ -258,11 +303,13 @@ class Store:
                 self._facets.update(sorted(new)[: MAX_FACET_KEYS - len(self._facets)])
         if self._has_graph:
             self._loose.update(changed)
+        if self._reading is not None:
+            self._reading.written.update(changed)
         points.append(self._marker())
         self._update(edge.UpdateOperation.upsert_points(points), changed)
         os.pwrite(self._acknowledged, self._sequence.to_bytes(8, "little"), 0)
         for point, draft in changed.items():
-            self.directory.put(point, _entry(draft.payload))
+            self.directory.put(point, draft.payload)
             self._numbers.update(draft.payload.get("numbers", ()))
         if self.dirty_since is None:
             self.dirty_since = time.monotonic()
@@ -344,11 +391,14 @@ class Store:
 
     def count(self, tenant: str, wheres: Sequence[Plain]) -> list[int]:
         """Return how many live points there are under each filter."""
-        return [self._count(tenant, where) for where in wheres]
+        masks: dict[int, columns.Mask] = {}
+        return [self._count(tenant, where, masks) for where in wheres]
 
-    def _count(self, tenant: str, where: Plain) -> int:
+    def _count(self, tenant: str, where: Plain, masks: dict[int, columns.Mask]) -> int:
         if where == ([], []):
             return self.directory.tenants[tenant].states["live"] if tenant in self.directory.tenants else 0
+        if self._columns_of(where) <= self._columns:
+            return int(self._under(tenant, where, masks).sum())
         if not where[0]:
             return self._counted_under(self._living(tenant, where))
         # To ask each point for its state as well takes a quarter longer, and few are not live.
@@ -364,42 +414,31 @@ class Store:
 
     def facet(
         self, tenant: str, wheres: Sequence[Plain], asked: Sequence[tuple[str, int]], limit: int
-    ) -> list[list[tuple[Any, int]]]:
-        """Return, per payload key, its most frequent values under the filter of that number, and how many have each."""
-        # Only live products have what is under `facets`; offers and flags are kept of deleted ones too.
-        live = [self._filter(where, self._only(tenant)) for where in wheres]
-        living = [self._living(tenant, where) for where in wheres]
-        return [
-            self._counted(key, live[number] if key.startswith("facets.") else living[number], limit)
-            for key, number in asked
-        ]
+    ) -> list[list[tuple[Any, int]]] | None:
+        """Return, per payload key, its most frequent values under the filter of that number, and how many have each.
 
-    def _counted(self, key: str, condition: edge.Filter | None, limit: int) -> list[tuple[Any, int]]:
-        name = key.removeprefix("facets.")
-        if name != key:
-            if self._facets is None:
-                raise Refusal("facet", f"this index was made before values could be counted: {WAY_OUT}")
-            if name not in self._facets:
-                return []
-            indexed = sum(each.startswith("facets.") for each in self._indexed)
-            if key not in self._indexed and indexed >= MAX_FACET_INDEXES:
-                raise Refusal("facet", f"{MAX_FACET_INDEXES} other fields are counted already, and that is the most")
-        self._index(key)
-        hits = self._shard.facet(edge.FacetRequest(key, limit=limit, filter=condition)).hits
-        return [(hit.value, hit.count) for hit in hits]
+        None: ask again, there is more to read first.
+        """
+        if self._facets is None and _any_facet(key for key, _ in asked):
+            raise Refusal("facet", f"this index was made before values could be counted: {WAY_OUT}")
+        wanted = {key for key, _ in asked if self._somebody_has(key)}
+        if len(self._columns | wanted) > MAX_COLUMNS and not wanted <= self._columns:
+            raise Refusal("facet", f"{MAX_COLUMNS} other fields are counted already, and that is the most")
+        if not self._read(wanted.union(*map(self._worth_a_column, wheres))):
+            return None
+        masks: dict[int, columns.Mask] = {}
+        under = [self._under(tenant, where, masks) for where in wheres]
+        table = self.directory.tenants[tenant].table if tenant in self.directory.tenants else columns.Table()
+        return [table.most_frequent(key, under[number], limit) for key, number in asked]
 
-    def extremes(self, tenant: str, key: str, where: Plain) -> tuple[float, float] | None:
-        """Return the smallest and the largest number of `key` under the filter."""
-        self._index(key)
-        ends = []
-        for direction in (edge.Direction.Asc, edge.Direction.Desc):
-            order = edge.OrderBy(key, direction)
-            request = edge.ScrollRequest(
-                limit=1, filter=self._living(tenant, where), with_payload=["offer"], order_by=order
-            )
-            ends += [(record.payload or {})["offer"] for record in self._shard.scroll(request)[0]]
-        name = key.removeprefix("offer.")
-        return (float(ends[0][name]), float(ends[1][name])) if ends else None
+    def extremes(self, tenant: str, key: str, where: Plain) -> list[float] | None:
+        """Return the smallest and the largest number of `key` under the filter, nothing if there is none; None: ask
+        again, as for `facet`."""
+        if not self._read({key} | self._worth_a_column(where)):
+            return None
+        if tenant not in self.directory.tenants:
+            return []
+        return self.directory.tenants[tenant].table.extremes(key, self._under(tenant, where, {}))
 
     def page(self, tenant: str, after: str | None, limit: int, where: Plain) -> list[Payload]:
         """Return live payloads in id order."""
@@ -478,6 +517,9 @@ class Store:
         if self.dirty_since is not None and now >= self.dirty_since + FLUSH_EVERY:
             self.flush()
         due = [self.dirty_since + FLUSH_EVERY] if self.dirty_since is not None else []
+        if self._reading is not None:  # who asked may have gone away, but somebody will ask again
+            self._read_on(self._reading)
+            due.append(now)
         if self._optimising is not None:
             if self._step(self._optimising):
                 due.append(now)
@@ -586,6 +628,97 @@ class Store:
             found[_uuid(record.id)] = _with_vectors(record, with_vectors)
         return [found[point] for point in live]
 
+    # --- columns (docs/adr/0028) ---
+
+    def _somebody_has(self, key: str) -> bool:
+        kind, _, name = key.partition(".")
+        if kind == "numbers":
+            return name in self._numbers
+        return kind != "facets" or self._facets is None or len(self._facets) >= MAX_FACET_KEYS or name in self._facets
+
+    def _columns_of(self, where: Plain) -> set[str]:
+        """Return the columns without which `where` cannot be told."""
+        clauses, none_of = where
+        keys: set[str] = set()
+        for kind, key, value in itertools.chain(none_of, *clauses):
+            if key == "terms":
+                keys.update(_facet_of(term)[0] for term in value)
+            elif kind != "points":
+                keys.add(key)
+        return {key for key in keys if self._somebody_has(key)}
+
+    def _worth_a_column(self, where: Plain) -> set[str]:
+        """Return the columns of `where`, if there is room for them and every product has what belongs there."""
+        keys = self._columns_of(where)
+        if len(self._columns | keys) > MAX_FILTERED or (self._facets is None and _any_facet(keys)):
+            return keys & self._columns
+        return keys
+
+    def _read(self, keys: set[str]) -> bool:
+        """Read some of the points for the columns that are missing; return whether none is."""
+        if keys <= self._columns:
+            return True
+        if self._reading is None:
+            self._reading = Reading(sorted(keys - self._columns))
+            self.directory.keys += self._reading.keys
+        self._read_on(self._reading)
+        return keys <= self._columns
+
+    def _read_on(self, work: Reading) -> None:
+        directory = self.directory
+        request = edge.ScrollRequest(offset=work.offset, limit=READ, with_payload=work.keys, with_vector=False)
+        records, work.offset = self._shard.scroll(request)
+        for record in records:
+            point = _uuid(record.id)
+            entry = directory.entries.get(point)
+            if entry is not None and entry.state == "live" and point not in work.written:
+                directory.tenants[entry.tenant].table.add(entry.slot, record.payload or {}, work.keys)
+        if work.offset is None:
+            self._reading = None
+            self._columns.update(work.keys)
+            _remember(self._folder / COLUMNS, self._columns)
+
+    def _under(self, tenant: str, where: Plain, masks: dict[int, columns.Mask]) -> columns.Mask:
+        """Return which live products are under `where`; `masks` are those of clauses, by identity, for other calls."""
+        if tenant not in self.directory.tenants:
+            return columns.Table().everybody()
+        table = self.directory.tenants[tenant].table
+        if not self._columns_of(where) <= self._columns:
+            request = edge.ScrollRequest(
+                limit=len(self.directory.entries) + 1, filter=self._living(tenant, where), with_payload=False
+            )
+            entries = self.directory.entries
+            return table.these([entries[_uuid(record.id)].slot for record in self._shard.scroll(request)[0]])
+        under = table.everybody()
+        for clause in where[0]:
+            if id(clause) not in masks:
+                masks[id(clause)] = self._any_of(table, clause)
+            under &= masks[id(clause)]
+        if where[1]:
+            under &= ~self._any_of(table, where[1])
+        return under
+
+    def _any_of(self, table: columns.Table, primitives: Sequence[tuple[Any, ...]]) -> columns.Mask:
+        some = table.these(())
+        for kind, key, value in primitives:
+            if kind == "points":
+                entries = (self.directory.entries.get(UUID(bytes=point)) for point in value)
+                some |= table.these([entry.slot for entry in entries if entry is not None and entry.state == "live"])
+            elif kind == "range":
+                some |= table.within(key, value)
+            elif key == "terms":
+                values = defaultdict(list)
+                for term in value:
+                    facet, stated = _facet_of(term)
+                    values[facet].append(stated)
+                for facet, wanted in values.items():
+                    some |= table.having(facet, wanted)
+            else:
+                some |= table.having(key, value)
+        return some
+
+    # --- filters ---
+
     def _point(self, tenant: str, product_id: str) -> UUID:
         return uuid5(self._namespace, f"{tenant}|{product_id}")
 
@@ -600,7 +733,11 @@ class Store:
 
     def _filter(self, where: Plain, base: Sequence[Any]) -> edge.Filter | None:
         clauses, none_of = where
-        any_of = [edge.Filter(should=[self._primitive(*primitive) for primitive in clause]) for clause in clauses]
+        any_of = []
+        for clause in clauses:
+            some = [self._primitive(*primitive) for primitive in clause]
+            # As a filter in the filter, the engine asks every point instead of the index: five times the work.
+            any_of.append(some[0] if len(some) == 1 else edge.Filter(should=some))
         must: list[Any] = [*base, *any_of]
         must_not = [self._primitive(*primitive) for primitive in none_of]
         return edge.Filter(must=must or None, must_not=must_not or None) if must or must_not else None
@@ -621,9 +758,7 @@ class Store:
 
     def _index(self, key: str) -> None:
         if key not in self._indexed:
-            # What is only counted needs no links in a graph: no filter asks for it.
-            counted = edge.KeywordIndexParams(enable_hnsw=False) if key.startswith("facets.") else None
-            schema = counted or _INDEXES.get(key, edge.PayloadSchemaType.Float)
+            schema = _INDEXES.get(key, edge.PayloadSchemaType.Float)
             self._update(edge.UpdateOperation.create_field_index(key, schema))
             self._indexed.add(key)
 
@@ -631,9 +766,9 @@ class Store:
         known = key.removeprefix("numbers.") in self._numbers
         return known and sum(name.startswith("numbers.") for name in self._indexed) < MAX_NUMBER_INDEXES
 
-    def _scan(self) -> Iterable[tuple[UUID, Entry]]:
+    def _scan(self) -> Iterable[tuple[UUID, Payload]]:
         names = ["tenant", "product_id", "state", "image_status", "indexed_at", "numbers"]
-        fields = [*names, "sequence", "facet_keys", "loose"]
+        fields = [*names, "sequence", "facet_keys", "loose", *self._columns]
         offset: Any = None
         while True:
             records, offset = self._shard.scroll(
@@ -645,9 +780,11 @@ class Store:
                     self._sequence = int(payload["sequence"])
                     self._facets = set(payload["facet_keys"]) if "facet_keys" in payload else None
                     self._loose_before = int(payload.get("loose", 0))
+                    if self._facets is None:  # that release wrote to it since
+                        self._columns = {key for key in self._columns if not _any_facet([key])}
                 else:
                     self._numbers.update(payload.get("numbers", ()))
-                    yield _uuid(record.id), _entry(payload)
+                    yield _uuid(record.id), payload
             if offset is None:
                 return
 
@@ -760,6 +897,35 @@ def _write_meta(path: Path, meta: Mapping[str, Any]) -> None:
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
+
+
+def _remembered(path: Path) -> list[str]:
+    """Return the columns to begin with; only time is lost where the file says none."""
+    try:
+        said = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return []
+    return [key for key in said if isinstance(key, str)][:MAX_COLUMNS] if isinstance(said, list) else []
+
+
+def _remember(path: Path, keys: Iterable[str]) -> None:
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(sorted(keys)) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def _any_facet(keys: Iterable[str]) -> bool:
+    return any(key.startswith("facets.") for key in keys)
+
+
+@lru_cache(maxsize=4096)
+def _facet_of(term: str) -> tuple[str, str]:
+    """Return the column and the value in it that tell whether a product has `term`, the JSON of a pair."""
+    key, end = _PAIR.raw_decode(term, 1)
+    return f"facets.{rules.short_key(key)}", term[end + 1 : -1]
+
+
+_PAIR: Final = json.JSONDecoder()
 
 
 def _sync(path: Path) -> None:
@@ -875,8 +1041,12 @@ def optimise(source: Path, target: Path, dimension: int, scan: int, parent: int)
         optimizers=edge.EdgeOptimizersConfig(indexing_threshold=1, default_segment_number=1),
     )
     shard = edge.EdgeShard.load(str(target), graph)
-    for key in _INDEXES.keys() - shard.info().payload_schema.keys():
+    there = shard.info().payload_schema.keys()
+    for key in _INDEXES.keys() - there:
         shard.update(edge.UpdateOperation.create_field_index(key, _INDEXES[key]))
+    for key in there:
+        if key.startswith("facets."):  # by which an earlier release counted
+            shard.update(edge.UpdateOperation.delete_field_index(key))
     shard.optimize()
     shard.flush()
     shard.close()

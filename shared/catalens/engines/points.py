@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -32,6 +31,7 @@ from catalens.domain import (
     category_prefixes,
     point_id,
 )
+from catalens.engines.rules import short_key
 from catalens.errors import InvalidEvent
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def content_item(document: IndexDocument, dimension: int) -> Item:
             facets=facets_of(product, document.tags),
             tags=_packed(document.tags),
             numbers={
-                number_key(key): float(value)
+                short_key(key): float(value)
                 for key, value in product.attributes.items()
                 if isinstance(value, int | float) and not isinstance(value, bool)
             },
@@ -150,7 +150,7 @@ def facet_field(key: FacetKey) -> str:
     """Return the payload key whose index counts the facet `key`."""
     if key in _KEYWORDS:
         return _KEYWORDS[key]
-    return key if key == "in_stock" else f"facets.{number_key(key)}"
+    return key if key == "in_stock" else f"facets.{short_key(key)}"
 
 
 def facet_value(key: FacetKey, stored: str | int) -> Scalar:
@@ -165,17 +165,12 @@ def facets_of(product: Product, tags: Tags) -> dict[str, list[str]]:
     """Return the values of each field apart, as JSON: an engine counts what is in a field, not what begins alike."""
     found: dict[str, dict[str, None]] = {}
     for key, value in _values(product, tags):
-        found.setdefault(number_key(key), {})[_json(value)] = None
+        found.setdefault(short_key(key), {})[_json(value)] = None
     return {key: list(values) for key, values in found.items()}
 
 
 def _packed(tags: Tags) -> dict[str, list[str | float]]:
     return {name: [tag.value, tag.score] for name, tag in tags.items()}
-
-
-def number_key(name: str) -> str:
-    """Return a payload key without the dots, quotes and brackets that mean something in a JSON path."""
-    return "n" + blake2b(name.encode(), digest_size=8).hexdigest()
 
 
 FACETS: Final = frozenset(facet_field(key) for key in (*_TERMS, "category"))
@@ -284,8 +279,8 @@ def _vectors(payload: Mapping[str, Any]) -> dict[str, Embedding]:
 # --- filters ------------------------------------------------------------------------------------------------------
 
 
-def plain_filter(tenant: str, where: Filter) -> PlainFilter:
-    """Return `where` in the few words that every engine has.
+def plain_filter(tenant: str, where: Filter, clauses: dict[Condition, list[Primitive]] | None = None) -> PlainFilter:
+    """Return `where` in the few words that every engine has; `clauses` are shared by filters of equal conditions.
 
     A value of the wrong type for its key (a number for a brand) matches nothing; a key that no product can have is a
     ValueError.
@@ -295,7 +290,11 @@ def plain_filter(tenant: str, where: Filter) -> PlainFilter:
         none_of.append(_points(tenant, where.exclude))
     if where.without_groups:
         none_of.append(("any", "terms", [_term("group_id", group) for group in where.without_groups]))
-    return [_clause(tenant, condition) for condition in where.conditions], none_of
+    known = {} if clauses is None else clauses
+    for condition in where.conditions:
+        if condition not in known:
+            known[condition] = _clause(tenant, condition)
+    return [known[condition] for condition in where.conditions], none_of
 
 
 def _clause(tenant: str, condition: Condition) -> list[Primitive]:
@@ -326,7 +325,7 @@ def _clause(tenant: str, condition: Condition) -> list[Primitive]:
     if name == key or not name:
         raise ValueError(f"no filter is known for {key!r}")
     equal_terms: list[Primitive] = [("any", "terms", [_term(key, value) for value in values])]
-    return [*equal_terms, *([_range(f"numbers.{number_key(name)}", within)] if within else [])]
+    return [*equal_terms, *([_range(f"numbers.{short_key(name)}", within)] if within else [])]
 
 
 def _points(tenant: str, product_ids: Iterable[str]) -> Primitive:

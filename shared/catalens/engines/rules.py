@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Final, Literal, TypeAlias
 
 _OFFER_FIELDS: Final = ("price", "currency", "stock")
@@ -30,6 +31,11 @@ class Draft:
 
 
 Rule: TypeAlias = Callable[[Draft, Mapping[str, Any]], Outcome]
+
+
+def short_key(name: str) -> str:
+    """Return a payload key without the dots, quotes and brackets that mean something in a JSON path."""
+    return "n" + blake2b(name.encode(), digest_size=8).hexdigest()
 
 
 def absent(item: Mapping[str, Any]) -> Payload:
