@@ -61,19 +61,21 @@ def fuse(lists: Sequence[RankedList], *, calibrate: bool = False) -> list[LegHit
     if len(lists) == 1 and not calibrate:
         return _ordered(dict(lists[0].hits))
     sums: dict[str, float] = {}
-    holders: dict[str, int] = {}  # which lists hold the product, a bit each
+    holders: dict[str, int] = {}  # which of the lists that can't judge all hold the product, a bit each
     for number, one in enumerate(lists):
         worst, spread = _ends(one)
-        bit, weight = 1 << number, one.weight
+        weight = one.weight
         for product_id, score in one.hits:
             value = (score - worst) / spread if spread > 0 else 1.0
             sums[product_id] = sums.get(product_id, 0.0) + weight * value
-            holders[product_id] = holders.get(product_id, 0) | bit
+        if not one.judges(known=False):
+            for product_id, _ in one.hits:
+                holders[product_id] = holders.get(product_id, 0) | 1 << number
     totals = {
         held: sum(one.weight for number, one in enumerate(lists) if one.judges(known=bool(held >> number & 1)))
-        for held in set(holders.values())
+        for held in {0, *holders.values()}
     }
-    scores = {product_id: value / totals[holders[product_id]] for product_id, value in sums.items()}
+    scores = {product_id: value / totals[holders.get(product_id, 0)] for product_id, value in sums.items()}
     return _ordered(scores)
 
 
