@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from catalens import tracing
+from catalens import events, tracing
 from catalens.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -277,3 +277,16 @@ class Metrics:
             buckets=_FAST,
             registry=add,
         )
+        self._begin_at_nothing()
+
+    def _begin_at_nothing(self) -> None:
+        """Tell from the start what alerts watch: to Prometheus a series that begins with an event has not grown."""
+        for kind in (events.UPSERTED, events.DELETED, events.OFFER_CHANGED):
+            self.accepted.labels(kind)
+            self.processed.labels(kind, "applied")
+        for reason in ("invalid_event", "engine_refuses", "internal_error", "expired"):
+            self.dead_letters.labels(reason)
+        for reason in ("picture_unreachable", "engine_refuses", "no_room"):
+            self.retries.labels(reason)
+        for outcome in ("ok", "retried", "failed"):
+            self.pictures.labels(outcome)

@@ -42,7 +42,6 @@ KEYWORDS: Final = {
     "on",
     "ignoring",
     "bool",
-    "offset",
     "group_left",
 }
 
@@ -65,7 +64,7 @@ def known() -> dict[str, set[str]]:
 
 def selectors(query: str) -> Iterator[tuple[str, set[str]]]:
     """Yield each metric that a query names, with the labels that it is selected by."""
-    bare = re.sub(r"\[[^\]]*\]", "", query)
+    bare = re.sub(r"\[[^\]]*\]|\boffset \w+", "", query)
     bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", r"\1", bare)
     for found in re.finditer(r"([a-zA-Z_:][\w:]*)\s*(\{[^}]*\}|\()?", re.sub(r'"[^"]*"', '""', bare)):
         name, after = found[1], found[2] or ""
