@@ -364,7 +364,7 @@ def keys_file(template: Resource) -> str:
         (volume,) = [entry for entry in template["spec"]["volumes"] if entry["name"] == mount["name"]]
         assert volume["secret"] == {"secretName": "catalens-api-keys-file", "defaultMode": 0o440}
         assert template["spec"]["securityContext"]["fsGroup"], "or it could not be read"
-    return told
+    return str(told)
 
 
 def test_the_keys_file_reaches_those_that_ask_for_keys(built: dict[tuple[str, frozenset[str]], list[Resource]]) -> None:
