@@ -1,8 +1,8 @@
 """The standalone process at twice what it can do: what it answers, whether that is right, and whether memory grows.
 
-First its embedding cache is filled, which would grow for hours else; as many clients as keep it busy find out what it
-can do with this mix; then requests come at twice that rate, whether or not it keeps up. Every answer is checked.
-Client and server share the machine's cores.
+First its caches of vectors and of words are filled, which would grow for hours else. As many clients as keep it busy
+find out what it can do with this mix; then requests come at twice that rate, whether or not it keeps up. Every answer
+is checked. Client and server share the machine's cores.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ CALIBRATION: Final = 10.0
 """Seconds in which the capacity is found."""
 CLIENTS: Final = 16
 BATCH: Final = 64
+WORDS: Final = 25_000
+"""More than the words of which it is remembered how they are looked up."""
 MOST_OUTSTANDING: Final = 1_000
 """Requests that wait for an answer at most, several times what the process takes in; beyond, none is sent."""
 LOOK: Final = 2.0
@@ -113,7 +115,7 @@ async def _run(server: Standalone, minutes: float, products: int, times: float) 
 
 
 async def _fill(session: aiohttp.ClientSession, url: str) -> int:
-    """Fill the embedding cache, as weeks of new words would, and return how many vectors it keeps then."""
+    """Fill what is kept of texts and of words, as weeks would; return how many vectors are kept then."""
     batches = iter(range(0, EncoderSettings().cache_entries, BATCH))
 
     async def client() -> None:
@@ -125,6 +127,11 @@ async def _fill(session: aiohttp.ClientSession, url: str) -> int:
                 raise RuntimeError(f"{answer.status}: {responses}")
 
     await asyncio.gather(client(), client())
+    for first in range(0, WORDS, BATCH):
+        words = " ".join(f"{7_000_000 + number}" for number in range(first, first + BATCH))
+        async with session.post(f"{url}/api/v1/search", json={"query": words, "mode": "lexical"}) as answer:
+            if answer.status != 200:
+                raise RuntimeError(f"{answer.status}: {await answer.text()}")
     return await _cached(session, url)
 
 
