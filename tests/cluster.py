@@ -141,6 +141,10 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill everything."""
         for service in self.services:
             service.kill()
         for engine in (self.qdrant, self.redis, self.kafka):

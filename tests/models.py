@@ -9,11 +9,11 @@ from pathlib import Path
 TINY = Path(__file__).parent / "fixtures" / "bundles" / "tiny"
 
 
-def install_models(data_dir: Path) -> None:
+def install_models(data_dir: Path, tiny: Path = TINY) -> None:
     """Put the models `first` and `second` under `data_dir`; the second sees other colours and reads other texts."""
     for name in ("first", "second"):
         folder = data_dir / "models" / name
-        shutil.copytree(TINY, folder)
+        shutil.copytree(tiny, folder)
         manifest = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
         manifest["id"] = name
         if name == "second":
