@@ -85,6 +85,8 @@ class Load:
     def __init__(self, prefix: str, *, products: int, seed: int = 0, pictures: int = 40) -> None:
         self.ledger = Ledger()
         self.accepted = 0
+        self.repeated = 0
+        """Requests that were answered by nobody or by 429 or 503, and were sent again."""
         self.urls: list[str] = []
         self.may_send = asyncio.Event()
         """Cleared, it sends nothing more until it is set again."""
@@ -96,6 +98,11 @@ class Load:
         self._versions: dict[str, int] = {}
         self._sent: list[tuple[str, str, dict[str, Any]]] = []
 
+    def next_version(self, product_id: str) -> int:
+        """Return a version that nothing of that product has yet."""
+        version = self._versions[product_id] = self._versions.get(product_id, 0) + 1
+        return version
+
     async def run(self, stop: asyncio.Event, *, at_most: int | None = None) -> None:
         """Send until `stop` is set, or until `at_most` events were accepted."""
         goal = None if at_most is None else self.accepted + at_most
@@ -105,6 +112,12 @@ class Load:
         ):
             for number in range(CLIENTS):
                 all_.create_task(self._client(session, stop, goal), name=f"client {number}")
+
+    async def gently(self, stop: asyncio.Event) -> None:
+        """Send until `stop` is set, and no more than workers can follow on a busy machine."""
+        while not stop.is_set():
+            await self.run(stop, at_most=5)
+            await asyncio.sleep(0.1)
 
     async def _client(self, session: aiohttp.ClientSession, stop: asyncio.Event, goal: int | None) -> None:
         while not stop.is_set() and (goal is None or self.accepted < goal):
@@ -136,6 +149,7 @@ class Load:
                     assert answer.status in (429, 503), f"{answer.status}: {await answer.text()}"
             except (aiohttp.ClientError, TimeoutError):
                 pass
+            self.repeated += 1
             await asyncio.sleep(0.1)  # the service is away; sent again until it is back
 
     def _draw(self) -> tuple[str, str, dict[str, Any]]:
@@ -143,7 +157,7 @@ class Load:
         if self._sent and dice.random() < 0.1:
             return dice.choice(self._sent)
         product_id = f"{self._prefix}-{dice.randrange(self._products)}"
-        version = self._versions[product_id] = self._versions.get(product_id, 0) + 1
+        version = self.next_version(product_id)
         kind = dice.random()
         offer = {
             "price": round(dice.uniform(1, 500), 2),

@@ -2,10 +2,10 @@
 
 The engine is `qdrant-edge-py`, the API are the services and messages that ship with `qdrant-client`. It is a test
 tool: clustering, HNSW and quantisation are not there (their settings are accepted, remembered and reported, searches
-are exact), a write is always applied before it is answered, and there is no REST. A request that sets a field which
-is not served here is refused with INVALID_ARGUMENT, so that no typo hides.
+are exact), a write is always applied before it is answered, and of REST there are a collection's snapshots alone. A
+request that sets a field which is not served here is refused with INVALID_ARGUMENT, so that no typo hides.
 
-    python tests/qdrant_server.py FOLDER PORT [--strict]
+    python tests/qdrant_server.py FOLDER PORT [--rest PORT] [--strict]
 
 prints one line when it is ready and serves until SIGTERM. Each line on stdin is a JSON object, `{"refuse_writes":
 true}`, `{"slow_ms": 50}` or `{}`, answered by a line with the number of calls so far; if stdin is a pipe, its end is
@@ -25,13 +25,16 @@ import socket
 import stat
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
@@ -39,6 +42,7 @@ from uuid import UUID
 
 import grpc  # type: ignore[import-untyped]  # has no types
 import qdrant_edge as edge
+from aiohttp import BodyPartReader, web
 from google.protobuf import json_format  # type: ignore[import-untyped]  # has no types
 from qdrant_client import grpc as q
 from qdrant_client.conversions.conversion import grpc_to_payload, payload_to_grpc
@@ -269,6 +273,26 @@ class Collection:
     operations: int = 0
     shard: edge.EdgeShard = field(init=False)
 
+    @classmethod
+    def described(cls, root: Path, stored: Any) -> Collection:
+        """Return, not opened, the collection that `description` told of."""
+        return cls(
+            root / stored["folder"],
+            json_format.ParseDict(stored["created"], q.CreateCollection()),
+            {
+                key: json_format.ParseDict(index, q.CreateFieldIndexCollection())
+                for key, index in stored["indexes"].items()
+            },
+        )
+
+    def description(self) -> dict[str, Any]:
+        """Return all but the points, as JSON."""
+        return {
+            "folder": self.folder.name,
+            "created": json_format.MessageToDict(self.created),
+            "indexes": {key: json_format.MessageToDict(each) for key, each in self.indexes.items()},
+        }
+
     def open(self) -> None:
         """Open the shard, or create it."""
         if self.folder.exists():
@@ -406,14 +430,7 @@ class Store:
             catalogue = json.loads((folder / "catalogue.json").read_bytes())
             self._aliases = catalogue["aliases"]
             for name, stored in catalogue["collections"].items():
-                collection = self._collections[name] = Collection(
-                    folder / stored["folder"],
-                    json_format.ParseDict(stored["created"], q.CreateCollection()),
-                    {
-                        key: json_format.ParseDict(index, q.CreateFieldIndexCollection())
-                        for key, index in stored["indexes"].items()
-                    },
-                )
+                collection = self._collections[name] = Collection.described(folder, stored)
                 collection.open()
         known = {collection.folder for collection in self._collections.values()}
         for leftover in set(folder.glob("collection-*")) - known:  # of a Create or Delete that was killed
@@ -422,14 +439,7 @@ class Store:
     def _save(self) -> None:
         catalogue = {
             "aliases": self._aliases,
-            "collections": {
-                name: {
-                    "folder": collection.folder.name,
-                    "created": json_format.MessageToDict(collection.created),
-                    "indexes": {key: json_format.MessageToDict(each) for key, each in collection.indexes.items()},
-                }
-                for name, collection in self._collections.items()
-            },
+            "collections": {name: collection.description() for name, collection in self._collections.items()},
         }
         fresh = self._folder / "catalogue.json.new"
         fresh.write_text(json.dumps(catalogue, indent=1), encoding="utf-8")
@@ -568,6 +578,46 @@ class Store:
     def _alias_list(self, names: Iterable[str]) -> Message:
         described = [q.AliasDescription(alias_name=each, collection_name=self._aliases[each]) for each in names]
         return q.ListAliasesResponse(aliases=described)
+
+    # --- snapshots -------------------------------------------------------------------------------------------
+
+    def take_snapshot(self, name: str, target: Path) -> None:
+        """Write the collection as it is now, its configuration and metadata included, into the tar `target`."""
+        collection = self._collection(q.GetCollectionInfoRequest(collection_name=name))
+        collection.shard.flush()
+        collection.shard.close()  # the engine's files are whole only at rest
+        try:
+            (collection.folder / "collection.json").write_text(json.dumps(collection.description()), encoding="utf-8")
+            # Most of the files is holes, hundreds of megabytes of them, which Python's tarfile would write.
+            tar = ["tar", "--create", "--sparse", "--format=gnu", "--file", str(target)]
+            subprocess.run([*tar, "--directory", str(collection.folder), "."], check=True)
+        finally:
+            (collection.folder / "collection.json").unlink(missing_ok=True)
+            collection.open()
+
+    def recover_snapshot(self, name: str, source: Path) -> None:
+        """Make the collection `name` what the tar `source` holds: a new one, or in place of what is there."""
+        folder = self._folder / f"collection-{time.time_ns()}"
+        try:
+            with tarfile.open(source) as tar:
+                tar.extractall(folder, filter="data")
+            described = folder / "collection.json"
+            collection = Collection.described(self._folder, {**json.loads(described.read_bytes()), "folder": folder})
+            described.unlink()
+        except (tarfile.TarError, OSError, ValueError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise bad(f"failed to read the snapshot: {error}") from error
+        collection.created.collection_name = name
+        replaced = self._collections.get(name)
+        if replaced is not None and replaced.created.vectors_config != collection.created.vectors_config:
+            shutil.rmtree(folder)
+            raise bad("Wrong input: Snapshot is not compatible with existing collection")
+        collection.open()
+        self._collections[name] = collection
+        self._save()
+        if replaced is not None:
+            replaced.shard.close()
+            shutil.rmtree(replaced.folder)
 
     # --- writes ----------------------------------------------------------------------------------------------
 
@@ -812,7 +862,92 @@ class Service:
         return serve
 
 
-async def serve(folder: Path, port: int, *, strict: bool) -> None:
+class Snapshots:
+    """The REST routes of a collection's snapshots, and of what a server says of its cluster."""
+
+    def __init__(self, folder: Path, store: Store, thread: ThreadPoolExecutor) -> None:
+        self._folder = folder
+        self._store = store
+        self._thread = thread
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def app(self) -> web.Application:
+        """Return the application."""
+        app = web.Application(middlewares=[_answering])
+        one = "/collections/{collection}/snapshots/{snapshot}"
+        app.router.add_get("/cluster", self.cluster)
+        app.router.add_post("/collections/{collection}/snapshots", self.take)
+        app.router.add_post("/collections/{collection}/snapshots/upload", self.upload)
+        app.router.add_get(one, self.download)
+        app.router.add_delete(one, self.delete)
+        return app
+
+    async def cluster(self, _request: web.Request) -> web.Response:
+        return _result({"status": "disabled"})
+
+    async def take(self, request: web.Request) -> web.Response:
+        collection = request.match_info["collection"]
+        target = self._folder / f"{collection}-{time.time_ns()}.snapshot"
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.take_snapshot, collection, target)
+        data = target.read_bytes()
+        created = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
+        described = {"name": target.name, "creation_time": created, "size": len(data)}
+        return _result({**described, "checksum": sha256(data).hexdigest()})
+
+    async def download(self, request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(self._there(request))
+
+    async def delete(self, request: web.Request) -> web.Response:
+        self._there(request).unlink()
+        return _result(True)
+
+    async def upload(self, request: web.Request) -> web.Response:
+        if unknown := request.query.keys() - {"wait", "priority", "checksum"}:
+            raise bad(f"the stand-in does not serve the parameters {sorted(unknown)}")
+        if request.query.get("priority", "replica") not in ("replica", "snapshot", "no_sync"):
+            raise bad("unknown variant of priority")
+        part = await (await request.multipart()).next()
+        if not isinstance(part, BodyPartReader) or part.name != "snapshot":
+            raise bad("Multipart error: the field `snapshot` is missing")
+        source = self._folder / f"upload-{time.time_ns()}"
+        try:
+            with source.open("wb") as out:
+                while chunk := await part.read_chunk():
+                    out.write(chunk)
+            given, found = request.query.get("checksum"), sha256(source.read_bytes()).hexdigest()
+            if given is not None and given != found:
+                raise bad(f"Snapshot checksum mismatch: expected {given}, got {found}")
+            await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._store.recover_snapshot, request.match_info["collection"], source
+            )
+        finally:
+            source.unlink()
+        return _result(True)
+
+    def _there(self, request: web.Request) -> Path:
+        name = request.match_info["snapshot"]
+        found = [path for path in self._folder.iterdir() if path.name == name]
+        if not found:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, f"Not found: Snapshot {name} not found")
+        return found[0]
+
+
+def _result(result: object) -> web.Response:
+    return web.json_response({"result": result, "status": "ok", "time": 0.0})
+
+
+@web.middleware
+async def _answering(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except Refusal as refusal:
+        status = 404 if refusal.code is grpc.StatusCode.NOT_FOUND else 400
+        return web.json_response({"status": {"error": str(refusal)}, "time": 0.0}, status=status)
+
+
+async def serve(folder: Path, port: int, *, rest: int | None, strict: bool) -> None:
     """Serve until SIGTERM, or until a piped stdin ends."""
     loop = asyncio.get_running_loop()
     # One thread: the engine's calls hold the interpreter anyway, and each call sees and leaves whole states.
@@ -827,12 +962,17 @@ async def serve(folder: Path, port: int, *, strict: bool) -> None:
     q.add_PointsServicer_to_server(Service("Points", store, faults, thread), server)  # type: ignore[no-untyped-call]  # generated
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
+    runner = web.AppRunner(Snapshots(folder / "snapshots", store, thread).app())
+    await runner.setup()
+    if rest is not None:
+        await web.TCPSite(runner, "127.0.0.1", rest).start()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     threading.Thread(target=_listen, args=(faults, loop, stopped), daemon=True).start()
     print(f"ready on 127.0.0.1:{port}", flush=True)  # noqa: T201  # what the parent waits for
     await stopped.wait()
+    await runner.cleanup()
     await server.stop(grace=5)
     await loop.run_in_executor(thread, store.close)
 
@@ -846,22 +986,29 @@ def _listen(faults: Faults, loop: asyncio.AbstractEventLoop, stopped: asyncio.Ev
         loop.call_soon_threadsafe(stopped.set)
 
 
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 class QdrantServer:
     """The server as a child process with a folder and a port that survive its restarts; `with` starts and stops it."""
 
     def __init__(self, folder: Path, *, strict: bool = False) -> None:
         self.folder = folder
         self.strict = strict
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.grpc_port: int = probe.getsockname()[1]
-        self.url = "http://127.0.0.1:6333"
-        """What a client is told besides the gRPC port; nobody answers there."""
+        self.grpc_port, rest = _free_ports(2)
+        self.url = f"http://127.0.0.1:{rest}"
+        """Where snapshots are served, and nothing else of REST."""
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         """Start and wait until it answers; raises with the log if it does not come up."""
-        arguments = [str(self.folder), str(self.grpc_port), *(["--strict"] if self.strict else [])]
+        rest = self.url.rpartition(":")[2]
+        arguments = [str(self.folder), str(self.grpc_port), "--rest", rest, *(["--strict"] if self.strict else [])]
         log = self.folder.parent / f"{self.folder.name}.log"
         with log.open("a", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
@@ -943,6 +1090,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Qdrant's engine behind Qdrant's gRPC API, for tests")
     parser.add_argument("folder", type=Path)
     parser.add_argument("port", type=int)
+    parser.add_argument("--rest", type=int, help="the port of the REST routes")
     parser.add_argument("--strict", action="store_true", help="a filter on a key without an index is refused")
     options = parser.parse_args()
-    asyncio.run(serve(options.folder, options.port, strict=options.strict))
+    asyncio.run(serve(options.folder, options.port, rest=options.rest, strict=options.strict))
