@@ -52,6 +52,15 @@ def test_the_best_lexical_hit_outweighs_all_dense_lists_together() -> None:
     assert shares["lexical"] == LEXICAL_SHARE > shares["image"] + shares["text"]
 
 
+def test_words_that_the_catalogue_has_not_count_less_and_the_vectors_as_before() -> None:
+    all_known, half = plan("auto", "both", 0.0).shares, plan("auto", "both", 0.0, known=0.5).shares
+    assert math.isclose(sum(half.values()), 1.0)
+    assert half["lexical"] / half["text"] == pytest.approx(0.5 * all_known["lexical"] / all_known["text"])
+    assert half["image"] / half["text"] == pytest.approx(all_known["image"] / all_known["text"])
+    assert plan("lexical", "both", 0.0, known=0.5) == LEXICAL
+    assert plan("semantic", "both", 0.0, known=0.5) == plan("semantic", "both", 0.0)
+
+
 @pytest.mark.parametrize(("using", "lists"), [("image", {"image"}), ("text", {"text"}), ("both", {"image", "text"})])
 def test_semantic_takes_the_vectors_that_using_names(using: Using, lists: set[str]) -> None:
     chosen = plan("semantic", using, 0.0)

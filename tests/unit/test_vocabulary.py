@@ -159,6 +159,10 @@ def test_memory_is_bounded_and_the_frequent_words_are_kept() -> None:
         ("xy42sheos", None),
         ("chaussure pour hommme", None),  # another language: nothing is near, and more is unknown than known
         ("sheos leathr", None),
+        ("agneau garanti sheos", "agneau garanti shoes"),  # more is unknown than known, but only one word is near
+        ("agneau garanti hiwer", "agneau garanti hiver"),
+        ("agneau garanti iver", None),  # another language's short words are near to anything
+        ("l’leathr foncé", "l’leather foncé"),
         ("with this sheos", "with this shoes"),  # words that say nothing neither help nor hinder
         ("***", None),
         ("", None),
@@ -167,6 +171,29 @@ def test_memory_is_bounded_and_the_frequent_words_are_kept() -> None:
 def test_how_a_query_is_read(text: str, reading: str | None) -> None:
     found = read(text, vocabulary("Leather shoes", "T-shirt", "L'hiver"))
     assert (found and found.text) == reading
+
+
+def test_french_with_its_apostrophe_and_without_its_accents() -> None:
+    known = vocabulary("Écharpe rouge", "L'été")
+    for text in ("l'echarpe rouje", "l’écharppe rouge", "d’echarpe ruoge"):
+        reading = read(text, known)
+        assert reading is not None
+        assert reading.text.replace("’", "'")[1:] in ("'echarpe rouge", "'écharpe rouge")
+    assert read("l'echarpe de l’ete", known) is None
+
+
+def test_how_much_of_a_query_the_catalogue_knows() -> None:
+    known = vocabulary("red shirt", "red shoes", "red robe", "Écharpe brodée")
+    assert known.share_known("the red shirts") == known.share_known("l’echarpe brodé") == 1.0
+    assert 0 < known.share_known("red zzzz") < known.share_known("shirt zzzz") < 0.5
+    assert known.share_known("red shirt zzzz") > known.share_known("shirt zzzz yyyy")
+    # A code is in no vocabulary, and where nothing is known nothing will be found, unless it is newer.
+    assert known.share_known("red XJ-900 zzzz") == known.share_known("zzzz") == known.share_known("") == 1.0
+
+
+@given(words=st.lists(WORDS, max_size=8), asked=st.text("abcde '1", max_size=40))
+def test_the_share_that_is_known_is_a_share(words: list[str], asked: str) -> None:
+    assert 0 < vocabulary(*words).share_known(asked) <= 1
 
 
 def test_a_reading_has_every_word_that_may_have_been_meant() -> None:

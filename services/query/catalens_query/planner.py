@@ -76,11 +76,15 @@ class Plan:
         return _legs(self.shares, vectors)
 
 
-def plan(mode: RequestMode, using: Using, image_weight: float, *, words: float | None = None) -> Plan:
+def plan(
+    mode: RequestMode, using: Using, image_weight: float, *, words: float | None = None, known: float = 1.0
+) -> Plan:
     """Return the plan of a search whose picture weighs `image_weight`: 0 is words only, 1 is picture only.
 
     `auto` and `hybrid` add the lexical list as far as words count (`words`, by default what the picture leaves), so a
-    search by picture alone is `semantic` in every mode but `lexical`, which asks for words only.
+    search by picture alone is `semantic` in every mode but `lexical`, which asks for words only. `known`, above 0,
+    is the share of the words that the catalogue has (Vocabulary.share_known): the products that have the one common
+    word of three would otherwise count as much as those that have all three.
     """
     if mode == "lexical":
         return LEXICAL
@@ -88,8 +92,9 @@ def plan(mode: RequestMode, using: Using, image_weight: float, *, words: float |
     lexical = 0.0 if mode == "semantic" else LEXICAL_SHARE * (1 - image_weight if words is None else words)
     if lexical == 0:
         return Plan("semantic", dense)
-    shares: dict[VectorName, float] = {name: share * (1 - lexical) for name, share in dense.items()}
-    return Plan("hybrid", {**shares, "lexical": lexical})
+    total = 1 - lexical * (1 - known)
+    shares: dict[VectorName, float] = {name: share * (1 - lexical) / total for name, share in dense.items()}
+    return Plan("hybrid", {**shares, "lexical": lexical * known / total})
 
 
 LEXICAL: Final = Plan("lexical", {"lexical": 1.0})

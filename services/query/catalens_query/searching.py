@@ -307,7 +307,7 @@ class Searcher:
     async def _match(self, tenant: str, search: Search) -> _Matched:
         """Return the ranking, as deep as the page is."""
         words = await self._words(tenant, search.words)
-        chosen = plan(search.mode, search.using, search.weight, words=search.words_share)
+        chosen = plan(search.mode, search.using, search.weight, words=search.words_share, known=words.known)
         degraded, dense = None, _NOTHING
         if chosen.mode != "lexical":
             try:
@@ -682,6 +682,8 @@ class _Words:
     read: tuple[Term, ...]
     """With the likeliest correction of each that seemed misspelt."""
     corrected: str | None = None
+    known: float = 1.0
+    """The share of what is wanted that the catalogue has words for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -701,14 +703,19 @@ def _read(words: tuple[Term, ...], vocabulary: Vocabulary | None, languages: tup
     readings = [None if vocabulary is None else read(one.text, vocabulary) for one in words]
     vector = _lexical(words, readings, languages)
     if not any(readings):
-        return _Words(vector, words)
+        return _Words(vector, words, known=_known(words, vocabulary))
     read_as = tuple(
         one if reading is None else replace(one, text=reading.text)
         for one, reading in zip(words, readings, strict=True)
     )
     corrected = " ".join(one.text for one in read_as if one.weight > 0)
     changed = any(reading is not None and one.weight > 0 for one, reading in zip(words, readings, strict=True))
-    return _Words(vector, read_as, corrected if changed else None)
+    return _Words(vector, read_as, corrected if changed else None, _known(read_as, vocabulary))
+
+
+def _known(words: tuple[Term, ...], vocabulary: Vocabulary | None) -> float:
+    wanted = " ".join(one.text for one in words if one.weight > 0)
+    return 1.0 if vocabulary is None else vocabulary.share_known(wanted)
 
 
 def _lexical(

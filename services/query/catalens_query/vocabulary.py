@@ -5,6 +5,7 @@ Pure: no clock, no I/O. An edit is a letter left out, put in, exchanged, or swap
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from bisect import bisect_left
@@ -101,7 +102,7 @@ class Tally:
                 names[folded] += self._names[word]
                 spellings.setdefault(folded, word)
         labels = [Label(kind, text, count, _label_words(kind, text)) for (kind, text), count in self._labels.items()]
-        return Vocabulary(counts, names, spellings, labels, self._languages)
+        return Vocabulary(counts, names, spellings, labels, self._languages, self.products)
 
 
 class Vocabulary:
@@ -114,8 +115,10 @@ class Vocabulary:
         spellings: dict[str, str],
         labels: Sequence[Label],
         languages: tuple[Language, ...],
+        products: int,
     ) -> None:
         self.languages = languages
+        self._products = products
         self._words = sorted(counts)
         self._counts = np.array([counts[word] for word in self._words], np.int32)
         self._names = np.array([names[word] for word in self._words], np.int32)
@@ -134,10 +137,22 @@ class Vocabulary:
 
     def knows(self, word: str) -> bool:
         """True if the catalogue has the word (folded), or one of the same stem."""
-        if word in self:
-            return True
-        wanted = stems(word, self.languages)
-        return any(wanted & stems(other, self.languages) for stem in wanted for other in self._beginning(stem))
+        return self._spread(word) > 0
+
+    def share_known(self, text: str) -> float:
+        """Return which share of what the words of `text` say the catalogue has words for, above 0 and up to 1.
+
+        A word says the more the fewer products have it, as in BM25. 1 where something may be a product code, which no
+        vocabulary has, and where no word is known: what the index finds all the same is newer than the vocabulary.
+        """
+        silent = stop_words(self.languages)
+        words = {word for word in words_of(text, self.languages) if word not in silent}
+        if any(character.isdigit() for word in words for character in word):
+            return 1.0
+        spreads = [self._spread(fold(word)) for word in words if _is_word(word)]
+        known = sum(self._says(spread) for spread in spreads if spread)
+        total = known + self._says(0) * spreads.count(0)
+        return known / total if known else 1.0
 
     def covers(self, text: str) -> bool:
         """True if every word of `text` that is long enough to be corrected is known as it is written."""
@@ -192,9 +207,23 @@ class Vocabulary:
                 at += 1
         return [self._labels[number] for number in sorted(found)]
 
-    def _beginning(self, stem: str) -> list[str]:
+    def _spread(self, word: str) -> int:
+        """Return how many products have the word or, if none, the most frequent of the same stem; 0 for an unknown."""
+        at = bisect_left(self._words, word)
+        if at < len(self._words) and self._words[at] == word:
+            return int(self._counts[at])
+        wanted = stems(word, self.languages)
+        family = (at for stem in wanted for at in self._beginning(stem))
+        return max(
+            (int(self._counts[at]) for at in family if wanted & stems(self._words[at], self.languages)), default=0
+        )
+
+    def _says(self, spread: int) -> float:
+        return math.log1p((max(self._products, spread) - spread + 0.5) / (spread + 0.5))
+
+    def _beginning(self, stem: str) -> list[int]:
         at = bisect_left(self._words, stem)
-        return [word for word in self._words[at : at + _FAMILY] if word.startswith(stem)]
+        return [at + n for n, word in enumerate(self._words[at : at + _FAMILY]) if word.startswith(stem)]
 
     def _near(self, word: str, edits: int) -> NDArray[np.intp]:
         """Return where the words are within so many edits, nearer ones and then more frequent ones first."""
@@ -229,8 +258,8 @@ class Vocabulary:
 def read(text: str, vocabulary: Vocabulary) -> Reading | None:
     """Return how to read a text with words that the catalogue does not know; None if it stands as it is.
 
-    Only words of letters, never a part of something with digits. Where more words are unknown than known it is another
-    language sooner than a slip, and nothing is corrected.
+    Only words of letters, never a part of something with digits. Where more words are unknown than known it may be
+    another language: then one slip is believed, in a word that is not of the shortest; of more, nothing is corrected.
     """
     silent = stop_words(vocabulary.languages)
     text = unicodedata.normalize("NFKC", text)
@@ -242,11 +271,13 @@ def read(text: str, vocabulary: Vocabulary) -> Reading | None:
         if len(word) >= SHORTEST and word not in silent
     }
     unknown = {word for word in telling if not vocabulary.knows(word)}
-    if len(unknown) > max(1, len(telling) - len(unknown)):
-        return None
-    found = {word: vocabulary.corrections(word) for word in sorted(unknown)}
-    found = {word: corrections for word, corrections in found.items() if corrections}
-    if not found:
+    foreign = len(unknown) > max(1, len(telling) - len(unknown))
+    found = {
+        word: corrections
+        for word in sorted(unknown)
+        if (not foreign or len(word) > SHORTEST) and (corrections := vocabulary.corrections(word))
+    }
+    if not found or (foreign and len(found) > 1):
         return None
 
     def corrected(match: re.Match[str]) -> str:
