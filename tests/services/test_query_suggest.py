@@ -138,6 +138,23 @@ async def test_what_was_written_weighs_more_than_what_may_have_been_meant(shop: 
         await shop.delete("newcomer", 2)
 
 
+async def test_words_that_the_catalogue_has_not_make_the_others_count_less(shop: Shop) -> None:
+    async def weight(query: str) -> float:
+        (best, *_) = (await shop.search(query=query, explain=True))["results"]
+        return next(float(part["weight"]) for part in best["explain"] if part["part"] == "lexical")
+
+    whole = await weight("runner blue")
+    assert await weight("RX-1001 blue") == pytest.approx(whole)  # a code is in no vocabulary, but in the index
+    assert 0 < await weight("runner blue qqqq pppp") < await weight("runner blue qqqq") < whole
+    before = await weight("blue glorp")
+    await shop.put(Product(product_id="glorp", name="Glorp"))  # after the words were read
+    try:
+        assert before < await weight("blue glorp") == pytest.approx(whole)
+        assert (await shop.search(query="glorp shoe"))["results"][0]["product_id"] == "glorp"
+    finally:
+        await shop.delete("glorp", 2)
+
+
 # --- the reading ----------------------------------------------------------------------------------------------
 
 

@@ -184,16 +184,22 @@ def test_french_with_its_apostrophe_and_without_its_accents() -> None:
 
 def test_how_much_of_a_query_the_catalogue_knows() -> None:
     known = vocabulary("red shirt", "red shoes", "red robe", "Écharpe brodée")
-    assert known.share_known("the red shirts") == known.share_known("l’echarpe brodé") == 1.0
-    assert 0 < known.share_known("red zzzz") < known.share_known("shirt zzzz") < 0.5
-    assert known.share_known("red shirt zzzz") > known.share_known("shirt zzzz yyyy")
-    # A code is in no vocabulary, and where nothing is known nothing will be found, unless it is newer.
-    assert known.share_known("red XJ-900 zzzz") == known.share_known("zzzz") == known.share_known("") == 1.0
+    assert known.spreads("The red shirts, XJ-9!") == {"red": 3, "shirts": 1, "xj9": 0, "xj": 0, "9": 0}
+    assert known.spreads("l’écharpe brodé") == {"écharpe": 1, "brodé": 1}
+
+    def share(text: str) -> float:
+        return known.share_known(known.spreads(text))
+
+    assert share("the red shirts") == share("l’echarpe brodé") == 1.0
+    assert 0 < share("red zzzz") < share("shirt zzzz") < 0.5
+    assert share("red shirt zzzz") > share("shirt zzzz yyyy")
+    assert share("zzzz") == share("") == 1.0  # what is found all the same is newer than the words
 
 
 @given(words=st.lists(WORDS, max_size=8), asked=st.text("abcde '1", max_size=40))
 def test_the_share_that_is_known_is_a_share(words: list[str], asked: str) -> None:
-    assert 0 < vocabulary(*words).share_known(asked) <= 1
+    known = vocabulary(*words)
+    assert 0 < known.share_known(known.spreads(asked)) <= 1
 
 
 def test_a_reading_has_every_word_that_may_have_been_meant() -> None:

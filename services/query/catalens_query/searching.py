@@ -307,7 +307,8 @@ class Searcher:
     async def _match(self, tenant: str, search: Search) -> _Matched:
         """Return the ranking, as deep as the page is."""
         words = await self._words(tenant, search.words)
-        chosen = plan(search.mode, search.using, search.weight, words=search.words_share, known=words.known)
+        known = await self._known(tenant, words) if search.mode in ("auto", "hybrid") else 1.0
+        chosen = plan(search.mode, search.using, search.weight, words=search.words_share, known=known)
         degraded, dense = None, _NOTHING
         if chosen.mode != "lexical":
             try:
@@ -359,6 +360,17 @@ class Searcher:
         if short and (vocabulary is None or all(vocabulary.covers(term.text) for term in words)):
             return _read(words, vocabulary, self._languages)
         return await asyncio.to_thread(_read, words, vocabulary, self._languages)
+
+    async def _known(self, tenant: str, words: _Words) -> float:
+        """Return the share of the wanted words that the catalogue has, above 0; of those not read the index knows."""
+        vocabulary = self._vocabularies.of(tenant)
+        unread = [word for word, spread in words.spreads.items() if not spread][:_MOST_WORDS]
+        if vocabulary is None or not unread:
+            return 1.0
+        legs = [Leg("lexical", query_vector(word, self._languages), 1) for word in unread]
+        answers = await self._index.search(tenant, legs, Filter())
+        newer = {word: 1 for word, hits in zip(unread, answers, strict=True) if hits}
+        return vocabulary.share_known({**words.spreads, **newer})
 
     @property
     def _present(self) -> CachedEncoder:
@@ -682,8 +694,8 @@ class _Words:
     read: tuple[Term, ...]
     """With the likeliest correction of each that seemed misspelt."""
     corrected: str | None = None
-    known: float = 1.0
-    """The share of what is wanted that the catalogue has words for."""
+    spreads: Mapping[str, int] = field(default_factory=dict)
+    """How many products have each word that is wanted, as it was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -703,19 +715,19 @@ def _read(words: tuple[Term, ...], vocabulary: Vocabulary | None, languages: tup
     readings = [None if vocabulary is None else read(one.text, vocabulary) for one in words]
     vector = _lexical(words, readings, languages)
     if not any(readings):
-        return _Words(vector, words, known=_known(words, vocabulary))
+        return _Words(vector, words, spreads=_spreads(words, vocabulary))
     read_as = tuple(
         one if reading is None else replace(one, text=reading.text)
         for one, reading in zip(words, readings, strict=True)
     )
     corrected = " ".join(one.text for one in read_as if one.weight > 0)
     changed = any(reading is not None and one.weight > 0 for one, reading in zip(words, readings, strict=True))
-    return _Words(vector, read_as, corrected if changed else None, _known(read_as, vocabulary))
+    return _Words(vector, read_as, corrected if changed else None, _spreads(read_as, vocabulary))
 
 
-def _known(words: tuple[Term, ...], vocabulary: Vocabulary | None) -> float:
+def _spreads(words: tuple[Term, ...], vocabulary: Vocabulary | None) -> dict[str, int]:
     wanted = " ".join(one.text for one in words if one.weight > 0)
-    return 1.0 if vocabulary is None else vocabulary.share_known(wanted)
+    return {} if vocabulary is None else vocabulary.spreads(wanted)
 
 
 def _lexical(

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
@@ -139,20 +139,22 @@ class Vocabulary:
         """True if the catalogue has the word (folded), or one of the same stem."""
         return self._spread(word) > 0
 
-    def share_known(self, text: str) -> float:
-        """Return which share of what the words of `text` say the catalogue has words for, above 0 and up to 1.
+    def spreads(self, text: str) -> dict[str, int]:
+        """Return for each word of `text` that says something how many products have it, by its stem at least; 0: none.
 
-        A word says the more the fewer products have it, as in BM25. 1 where something may be a product code, which no
-        vocabulary has, and where no word is known: what the index finds all the same is newer than the vocabulary.
+        Codes are in no vocabulary, nor is what is newer than the reading.
         """
         silent = stop_words(self.languages)
-        words = {word for word in words_of(text, self.languages) if word not in silent}
-        if any(character.isdigit() for word in words for character in word):
-            return 1.0
-        spreads = [self._spread(fold(word)) for word in words if _is_word(word)]
-        known = sum(self._says(spread) for spread in spreads if spread)
-        total = known + self._says(0) * spreads.count(0)
-        return known / total if known else 1.0
+        return {word: self._spread(fold(word)) for word in words_of(text, self.languages) if word not in silent}
+
+    def share_known(self, spreads: Mapping[str, int]) -> float:
+        """Return which share of what these words say the catalogue has words for; 1 where it has none of them.
+
+        A word says the more the fewer products have it, as in BM25.
+        """
+        known = sum(self._says(spread) for spread in spreads.values() if spread)
+        unknown = sum(self._says(0) for spread in spreads.values() if not spread)
+        return known / (known + unknown) if known else 1.0
 
     def covers(self, text: str) -> bool:
         """True if every word of `text` that is long enough to be corrected is known as it is written."""

@@ -179,7 +179,8 @@ def fashion_iq(folder: Path) -> Converted:
 def esci(folder: Path) -> Converted:
     """ESCI, the test split of the smaller version, with SQID's pictures where `sqid/product_image_urls.csv` is there.
 
-    `shopping_queries_dataset/shopping_queries_dataset_{examples,products}` as .parquet (needs pyarrow), .csv or .jsonl.
+    `shopping_queries_dataset/shopping_queries_dataset_{examples,products}` as .csv or .jsonl; its Parquet is
+    turned into one of them first (docs/how-to/evaluate.md).
     """
     base = folder / "shopping_queries_dataset"
     base = base if base.is_dir() else folder
@@ -305,15 +306,15 @@ def _csv(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
 
 
 def _table(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of `name`, from .csv, .jsonl or .parquet, whichever is there first."""
+    """Yield the rows of `name`, from .csv or .jsonl, whichever is there first."""
     if (path := folder / f"{name}.csv").exists():
         rows: Iterator[Mapping[str, Any]] = _csv(path, columns)
     elif (path := folder / f"{name}.jsonl").exists():
         rows = _json_lines(path)
     elif (path := folder / f"{name}.parquet").exists():
-        rows = _parquet(path)
+        raise CatalensError(f"{path}: turn it into .csv or .jsonl first: docs/how-to/evaluate.md says how")
     else:
-        raise CatalensError(f"{folder}: no {name}.parquet, .csv or .jsonl in it")
+        raise CatalensError(f"{folder}: no {name}.csv or .jsonl in it")
     for row in rows:
         missing = [column for column in columns if column not in row]
         if missing:
@@ -330,14 +331,3 @@ def _json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
         if not isinstance(row, dict):
             raise CatalensError(f"{file}: line {number}: not a JSON object")
         yield row
-
-
-def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        from pyarrow import parquet  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415  # not ours
-    except ModuleNotFoundError as error:
-        raise CatalensError(
-            f"{file}: reading Parquet needs pyarrow (pip install pyarrow); or export the file as .csv or .jsonl"
-        ) from error
-    for batch in parquet.ParquetFile(file).iter_batches():
-        yield from batch.to_pylist()
