@@ -64,6 +64,12 @@ def captions(language: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     return {_code(entry["hexcode"]): (entry["label"], tuple(entry.get("tags", ()))) for entry in entries}
 
 
+def subgroups() -> dict[str, str]:
+    """Return which small group of its like each captioned drawing is of, by its code ("0/8")."""
+    entries = _json(_unpacked(LABELS) / "en" / "data.json")
+    return {_code(entry["hexcode"]): f"{entry.get('group')}/{entry.get('subgroup')}" for entry in entries}
+
+
 def catalogue(size: int, folder: Path) -> Path:
     """Write `size` products with a picture each and return the JSONL file; made once, used again."""
     target = folder / f"catalogue-{size}.jsonl"
