@@ -86,7 +86,7 @@ def save(page: Page, name: str) -> None:
     """Wait for the results and their pictures and write docs/images/NAME.png."""
     expect(page.locator(".card:not(.skeleton)").first).to_be_visible()
     expect(page.locator("#results")).not_to_have_attribute("aria-busy", "true")
-    expect(page.locator("#category option").nth(1)).to_be_attached()
+    expect(page.locator("#facets .choice").first).to_be_attached()
     expect(page.locator("#footer-model")).to_have_text(re.compile("Model"))
     page.wait_for_function("""() => [...document.querySelectorAll(".picture img")]
       .filter((image) => image.getBoundingClientRect().top < innerHeight && !image.hidden)

@@ -124,10 +124,27 @@ class ProductFields(Answer):
     offer_version: int | None = None
 
 
+class Part(Answer):
+    """What one list, one boost, or being exactly what was asked for, adds to a score."""
+
+    part: str
+    contribution: float
+    field: str | None = None
+    score: float | None = None
+    calibrated: float | None = None
+    weight: float | None = None
+
+
 class Hit(ProductFields):
     """One result of a search."""
 
     score: float
+    relevance: float | None = None
+    """With `min_score`: how sure it is that this was asked for, 0 to 1."""
+    variants: int | None = None
+    """With `group_by="group_id"`: how many products under the filters are of its group."""
+    explain: list[Part] | None = None
+    """With `explain=True`: what the score is made of."""
 
 
 class Found(Answer):
@@ -143,6 +160,32 @@ class Found(Answer):
     facets: Any = None
     degraded: str | None = None
     """Why this is less than was asked for, as while no encoder answers."""
+    corrected: str | None = None
+    """The words as they were read, where some seemed misspelt."""
+
+
+class Suggestion(Answer):
+    """A text that goes on as what was typed."""
+
+    text: str
+    kind: str
+    """words, brand, category or product."""
+    count: int | None = None
+    product_id: str | None = None
+
+
+class Suggestions(Answer):
+    """Completions, best first."""
+
+    suggestions: list[Suggestion]
+    ready: bool
+    """False until the catalogue's words have been read: there are no suggestions then."""
+
+
+class Similarity(Answer):
+    """How alike two things are."""
+
+    similarity: float
 
 
 class IndexedProduct(ProductFields):
@@ -150,6 +193,14 @@ class IndexedProduct(ProductFields):
 
     images: list[str]
     indexed_at: str
+
+
+class Listing(Answer):
+    """Products in the order of their ids."""
+
+    products: list[IndexedProduct]
+    next: str | None
+    """`after` of the next page; None on the last."""
 
 
 class Receipt(Answer):
@@ -305,6 +356,15 @@ class CatalensClient:
             body["filters"] = filters
         return self._parse(Found, await self._json("POST", "/api/v1/search", json=body))
 
+    async def search_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[Found | Refused]:
+        """Search several times in one call, each request a body of POST /api/v1/search; a problem stops no other."""
+        return await self._batch(Found, "/api/v1/search/batch", requests)
+
+    async def suggest(self, text: str, *, limit: int = 8) -> Suggestions:
+        """Return how what is being typed may go on."""
+        asked = {"q": text, "limit": str(limit)}
+        return self._parse(Suggestions, await self._json("GET", "/api/v1/suggest", params=asked))
+
     async def similar(
         self, product_id: str, *, limit: int = 10, offset: int = 0, variants: bool = False, using: str = "both"
     ) -> Found:
@@ -321,6 +381,11 @@ class CatalensClient:
                 return None
             raise
 
+    async def listing(self, *, after: str | None = None, limit: int = 50) -> Listing:
+        """Return a page of the catalogue in the order of the ids, from the product behind `after` on."""
+        asked = {"limit": str(limit)} | ({} if after is None else {"after": after})
+        return self._parse(Listing, await self._json("GET", "/api/v1/products", params=asked))
+
     async def embed(self, text: str) -> Embedding:
         """Return the vector of a text."""
         return self._parse(Embedding, await self._json("POST", "/api/v1/embed", json={"text": text}))
@@ -329,6 +394,16 @@ class CatalensClient:
         """Return the vector of a picture."""
         answer = await self._json("POST", "/api/v1/embed-image", data=lambda: {"file": io.BytesIO(picture)})
         return self._parse(Embedding, answer)
+
+    async def embed_batch(self, texts: Sequence[str]) -> list[Embedding | Refused]:
+        """Return the vector of each text; a problem with one stops no other."""
+        return await self._batch(Embedding, "/api/v1/embed/batch", [{"text": text} for text in texts])
+
+    async def similarity(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+        """Return the cosine of two things, each {"text": …} or {"image": …}, a picture as in a search."""
+        one, other = ({**each, "image": _picture(each["image"])} if "image" in each else dict(each) for each in (a, b))
+        answer = await self._json("POST", "/api/v1/similarity", json={"a": one, "b": other})
+        return self._parse(Similarity, answer).similarity
 
     async def picture(self, address: str) -> bytes:
         """Return a result's picture, from the service or from where the catalogue keeps it; at most 20 MiB."""
@@ -586,19 +661,26 @@ class CatalensClient:
         except CatalensError:
             problem = {}
         wait = response.headers.get("Retry-After", "")
-        return Refused(
+        return _refused(
             response.status,
-            str(problem.get("title") or f"HTTP {response.status} {response.reason}"),
-            str(problem.get("detail") or ""),
-            kind=str(problem.get("type") or ""),
-            errors=[
-                (str(entry.get("field")), str(entry.get("message")))
-                for entry in problem.get("errors") or ()
-                if isinstance(entry, dict)
-            ],
-            request_id=str(problem.get("request_id") or response.headers.get("X-Request-Id", "")),
+            {
+                "title": f"HTTP {response.status} {response.reason}",
+                "request_id": response.headers.get("X-Request-Id", ""),
+                **{name: value for name, value in problem.items() if value},
+            },
             retry_after=float(wait) if wait.isdigit() else None,
         )
+
+    async def _batch(self, model: type[A], path: str, requests: Sequence[Mapping[str, Any]]) -> list[A | Refused]:
+        answer = await self._json("POST", path, json={"requests": list(requests)})
+        responses = answer.get("responses")
+        if not isinstance(responses, list) or len(responses) != len(requests):
+            raise self._foreign()
+        statuses = [one.get("status") if isinstance(one, dict) else None for one in responses]
+        return [
+            _refused(status, one) if isinstance(status, int) else self._parse(model, one)
+            for status, one in zip(statuses, responses, strict=True)
+        ]
 
     def _parse(self, model: type[A], answer: dict[str, Any]) -> A:
         try:
@@ -608,6 +690,22 @@ class CatalensClient:
 
     def _foreign(self) -> CatalensError:
         return CatalensError(f"what answers at {self.url} is not Catalens, or another version of it")
+
+
+def _refused(status: int, problem: Mapping[str, Any], retry_after: float | None = None) -> Refused:
+    return Refused(
+        status,
+        str(problem.get("title") or f"HTTP {status}"),
+        str(problem.get("detail") or ""),
+        kind=str(problem.get("type") or ""),
+        errors=[
+            (str(entry.get("field")), str(entry.get("message")))
+            for entry in problem.get("errors") or ()
+            if isinstance(entry, dict)
+        ],
+        request_id=str(problem.get("request_id") or ""),
+        retry_after=retry_after,
+    )
 
 
 def _path(product_id: str) -> str:

@@ -120,6 +120,12 @@ async def test_a_misspelt_search_finds_and_says_how_it_was_read(
     assert listed["corrected"] == corrected
 
 
+async def test_words_that_are_meant_as_they_are_written_are_not_corrected(shop: Shop) -> None:
+    assert (await shop.search(query="wowen", mode="lexical"))["results"]
+    meant = await shop.search(query="wowen", mode="lexical", correct=False)
+    assert (meant["results"], "corrected" in meant) == ([], False)
+
+
 @pytest.mark.parametrize("query", ["runner blue", "runners", "RX-1001", "RX-1002", "shirt", "Velo", "une serviette"])
 async def test_what_the_catalogue_knows_is_searched_as_it_is_written(shop: Shop, query: str) -> None:
     for mode in ("lexical", "hybrid"):

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from catalens.client import IN_FLIGHT, ONCE, CatalensClient, Refused, Unreachable
+from catalens.client import IN_FLIGHT, ONCE, CatalensClient, Embedding, Refused, Unreachable
 from catalens.errors import CatalensError
 
 
@@ -213,6 +213,53 @@ async def test_a_search_says_what_was_given_and_keeps_what_is_new(service: Anyth
     assert found.results[0].model_dump(exclude_unset=True) == hit
     assert found.model_dump(exclude_unset=True) == answer
     assert getattr(found.results[0], "margin") == 0.3  # noqa: B009  # mypy knows no such field
+
+
+async def test_what_is_typed_is_completed(service: Anything) -> None:
+    known = [{"text": "Nike", "kind": "brand", "count": 3}, {"text": "Runner", "kind": "product", "product_id": "a"}]
+    service.answer = lambda: web.json_response({"suggestions": known, "count": 2, "ready": True})
+    async with CatalensClient(service.url) as client:
+        found = await client.suggest("ni & co", limit=5)
+    assert dict(service.seen[0].query) == {"q": "ni & co", "limit": "5"}
+    assert (service.seen[0].method, service.seen[0].path) == ("GET", "/api/v1/suggest")
+    assert [one.model_dump(exclude_unset=True) for one in found.suggestions] == known
+    assert found.ready
+
+
+async def test_each_of_a_batch_is_an_answer_or_a_refusal(service: Anything) -> None:
+    vector = {"embedding": [1.0], "dimension": 1, "model": "m"}
+    problem = {"title": "Invalid", "status": 422, "detail": "", "errors": [{"field": "text", "message": "is empty"}]}
+    service.answer = lambda: web.json_response({"responses": [vector, problem]})
+    async with CatalensClient(service.url) as client:
+        good, bad = await client.embed_batch(["a", ""])
+    assert json.loads(service.bodies[0]) == {"requests": [{"text": "a"}, {"text": ""}]}
+    assert isinstance(good, Embedding)
+    assert good.embedding == [1.0]
+    assert isinstance(bad, Refused)
+    assert (bad.status, str(bad)) == (422, "Invalid: text: is empty")
+
+
+async def test_a_batch_that_is_answered_short_is_not_catalens(service: Anything) -> None:
+    service.answer = lambda: web.json_response({"responses": []})
+    async with CatalensClient(service.url) as client:
+        with pytest.raises(CatalensError, match="is not Catalens"):
+            await client.search_batch([{"query": "a"}])
+
+
+async def test_two_things_are_compared(service: Anything) -> None:
+    service.answer = lambda: web.json_response({"similarity": 0.25})
+    async with CatalensClient(service.url) as client:
+        assert await client.similarity({"text": "shoe"}, {"image": b"\xff"}) == 0.25
+    assert json.loads(service.bodies[0]) == {"a": {"text": "shoe"}, "b": {"image": {"data": "/w=="}}}
+
+
+async def test_the_catalogue_is_listed_page_by_page(service: Anything) -> None:
+    product = {"product_id": "b", "images": [], "indexed_at": "2026-01-01T00:00:00+00:00"}
+    service.answer = lambda: web.json_response({"products": [product], "count": 1, "next": "b"})
+    async with CatalensClient(service.url) as client:
+        page = await client.listing(after="a", limit=1)
+    assert dict(service.seen[0].query) == {"after": "a", "limit": "1"}
+    assert ([one.product_id for one in page.products], page.next) == (["b"], "b")
 
 
 async def test_without_a_session_nothing_is_sent() -> None:

@@ -141,6 +141,9 @@ class SearchRequest(Value):
     image_weight: Weight = 0.5
     like: Examples = Field(default_factory=list, description="products, by id, or pictures to be like")
     unlike: Examples = Field(default_factory=list, description="products, by id, or pictures to be unlike")
+    correct: bool = Field(
+        default=True, description="false: take the words as they are written; else `corrected` says how they were read"
+    )
     mode: RequestMode = Field(
         default="auto",
         description="semantic: the products' vectors; lexical: BM25 over their words; hybrid: both fused; "

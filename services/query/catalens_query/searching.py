@@ -119,6 +119,8 @@ class Search:
     limit: int
     offset: int
     image_weight: float = 0.5
+    correct: bool = True
+    """Read words that seem misspelt as the catalogue writes them."""
     mode: RequestMode = "auto"
     using: Using = "both"
     like: tuple[Example, ...] = ()
@@ -306,7 +308,7 @@ class Searcher:
 
     async def _match(self, tenant: str, search: Search) -> _Matched:
         """Return the ranking, as deep as the page is."""
-        words = await self._words(tenant, search.words)
+        words = await self._words(tenant, search)
         known = await self._known(tenant, words) if search.mode in ("auto", "hybrid") else 1.0
         chosen = plan(search.mode, search.using, search.weight, words=search.words_share, known=known)
         degraded, dense = None, _NOTHING
@@ -354,8 +356,8 @@ class Searcher:
             total=len(ranking.hits) if ranking.complete else None,
         )
 
-    async def _words(self, tenant: str, words: tuple[Term, ...]) -> _Words:
-        vocabulary = self._vocabularies.of(tenant)
+    async def _words(self, tenant: str, search: Search) -> _Words:
+        words, vocabulary = search.words, self._vocabularies.of(tenant) if search.correct else None
         short = sum(len(term.text) for term in words) <= _SHORT  # a thread would cost more than it saves
         if short and (vocabulary is None or all(vocabulary.covers(term.text) for term in words)):
             return _read(words, vocabulary, self._languages)

@@ -162,6 +162,7 @@ class QueryService:
             limit=body.limit if paging.limit is None else paging.limit,
             offset=body.offset if paging.offset is None else paging.offset,
             image_weight=body.image_weight,
+            correct=body.correct,
             mode=body.mode,
             using=body.using,
             like=await self._examples(body.like, "like"),

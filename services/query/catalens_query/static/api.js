@@ -45,13 +45,14 @@ export class Api {
   /**
    * Ask the server and return its JSON.
    * @param {string} path
-   * @param {{body?: unknown, signal?: AbortSignal}} [options] with a body the call is a POST
+   * @param {{body?: unknown, signal?: AbortSignal, patient?: boolean}} [options] with a body the call is a POST;
+   * `patient`: wait and ask once more where a busy server invites it
    * @returns {Promise<any>}
    * @throws {Problem}
    */
-  async json(path, { body, signal } = {}) {
+  async json(path, { body, signal, patient = true } = {}) {
     const init = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
-    const response = await this.#send(path, { ...init, signal }, "application/json");
+    const response = await this.#send(path, { ...init, signal }, "application/json", patient);
     return await response.json().catch((error) => {
       if (error.name === "AbortError") throw error;
       throw new Problem(response.status, "The answer could not be read", "The server sent something other than JSON.");
@@ -71,10 +72,11 @@ export class Api {
    * @param {string} path
    * @param {RequestInit} init
    * @param {string} accept
+   * @param {boolean} [patient]
    * @returns {Promise<Response>}
    */
-  async #send(path, init, accept) {
-    let waited = false;
+  async #send(path, init, accept, patient = true) {
+    let waited = !patient;
     for (;;) {
       const key = this.key;
       const response = await attempt(path, { ...init, headers: headers(init, accept, key) });

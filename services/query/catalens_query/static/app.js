@@ -7,10 +7,12 @@
  */
 
 import { Api, Problem } from "./api.js";
-import { Listing, openListing, readFacets } from "./listing.js";
+import { FacetLists, facetName, rangeName } from "./facets.js";
+import { Listing, browsingFacets, countAgain, facetNames, nothingKnown, openListing, sampleCatalogue } from "./listing.js";
 import { photoFromAddress, photoFromFile, pictureIn } from "./photo.js";
-import { card, choose, fillSelect, find, leaf, setPicture, skeletons, title } from "./render.js";
-import { START, countFilters, priceRangeIsValid, readView, viewToUrl, withoutFilters } from "./view.js";
+import { card, find, leaf, setPicture, skeletons, title } from "./render.js";
+import { Suggestions } from "./suggest.js";
+import { START, countFilters, hasPrice, priceRangeIsValid, readView, toggled, viewToUrl, withoutFilters } from "./view.js";
 
 /** @typedef {import("./view.js").View} View */
 /** @typedef {import("./photo.js").Photo} Photo */
@@ -27,6 +29,8 @@ const EAGER_PICTURES = 8;
 const ENTRIES_KEPT = 50;
 /** The one mode that has no use for a photo; the server refuses the two together. */
 const WORDS_ONLY = "lexical";
+/** Where the filters stand beside the results; app.css has the same. */
+const WIDE = "(min-width: 62rem)";
 
 /**
  * @template {Element} T
@@ -47,12 +51,21 @@ const ui = {
   filtersToggle: byId("filters-toggle", HTMLButtonElement),
   filtersCount: byId("filters-count", HTMLElement),
   filtersClear: byId("filters-clear", HTMLButtonElement),
-  category: byId("category", HTMLSelectElement),
-  brand: byId("brand", HTMLSelectElement),
+  filtersDone: byId("filters-done", HTMLButtonElement),
   min: byId("price-min", HTMLInputElement),
   max: byId("price-max", HTMLInputElement),
   priceError: byId("price-error", HTMLElement),
   inStock: byId("in-stock", HTMLInputElement),
+  inStockCount: byId("in-stock-count", HTMLElement),
+  close: byId("close", HTMLInputElement),
+  closeField: byId("close-field", HTMLElement),
+  chips: byId("chips", HTMLElement),
+  chipsList: byId("chips-list", HTMLElement),
+  sort: byId("sort", HTMLSelectElement),
+  sortField: byId("sort-field", HTMLElement),
+  corrected: byId("corrected", HTMLElement),
+  correctedAs: byId("corrected-as", HTMLAnchorElement),
+  correctedFrom: byId("corrected-from", HTMLAnchorElement),
   options: byId("options", HTMLDetailsElement),
   mode: byId("mode", HTMLSelectElement),
   using: byId("using", HTMLSelectElement),
@@ -91,6 +104,12 @@ const api = new Api({
   onWait: (seconds) => showNotice(`The server is busy. Trying again in ${Math.ceil(seconds)} s…`),
 });
 
+const facetLists = new FacetLists(byId("facets", HTMLElement), byId("prices", HTMLElement), {
+  onChange: (change) => void navigate(change),
+  unfolded: () => matchMedia(WIDE).matches,
+});
+const suggestions = new Suggestions(ui.query, byId("suggestions", HTMLElement), { api, onChoose: onSuggestion });
+
 /** @type {View} */
 let view = readView(location.search);
 /** @type {Photo | null} */
@@ -105,6 +124,7 @@ let running = new AbortController();
 let retry = () => void load();
 /** The server's count of products and its model, for the catalogue's headline. */
 let stats = { products: null, model: "" };
+const known = nothingKnown();
 
 // ---- navigation ------------------------------------------------------------------------------------------
 
@@ -133,9 +153,12 @@ function navigate(change, options = {}) {
   clearTimeout(pending);
   const leavesSimilar = Boolean(view.similar) && !change.similar;
   rememberEntry();
-  view = { ...view, similar: "", ...change };
+  // Other words, or the slider's, are corrected again.
+  const exact = view.exact && (change.q ?? view.q) === view.q;
+  view = { ...view, similar: "", exact, ...change };
   if (options.photo !== undefined) photo = options.photo;
   if (photo && view.mode === WORDS_ONLY) view.mode = START.mode;
+  if (browsing()) Object.assign(view, { sort: START.sort, close: START.close }); // they are of a search
   seed = options.seed ?? null;
   const how = leavesSimilar ? "push" : (options.how ?? "push");
   if (how === "push") {
@@ -160,6 +183,7 @@ function rememberEntry() {
 /** @param {PopStateEvent} event */
 function restore(event) {
   clearTimeout(pending);
+  suggestions.close();
   rememberEntry();
   view = readView(location.search);
   typing = false;
@@ -188,7 +212,7 @@ async function load() {
   running = new AbortController();
   const { signal } = running;
   retry = () => void load();
-  listing = openListing(api, view, photo);
+  listing = openListing(api, view, photo, known);
   const current = listing;
   ui.results.setAttribute("aria-busy", "true");
   const skeletonTimer = setTimeout(showSkeletons, SKELETON_DELAY_MS);
@@ -243,6 +267,7 @@ function showListing() {
   ui.grid.replaceChildren();
   addCards(listing.products, true);
   showHeading();
+  showFacets();
   showSummary(listing, listing.last);
   showEmpty(listing.products.length === 0);
 }
@@ -273,7 +298,7 @@ function showHeading() {
         ? `Results for ${words}`
         : view.category
           ? leaf(view.category)
-          : "The catalogue";
+          : (view.picks.brand?.join(", ") ?? "The catalogue");
   ui.title.textContent = headline;
   document.title = headline === "The catalogue" ? "Catalens" : `${headline} – Catalens`;
   ui.hero.hidden = similar || Boolean(view.q) || Boolean(photo) || countFilters(view) > 0;
@@ -286,13 +311,63 @@ function showHeading() {
 /** @param {Listing} current @param {Page} page */
 function showSummary(current, page) {
   const shown = current.products.length;
-  const browsing = !view.q && !photo && !view.similar && countFilters(view) === 0;
-  const whole = browsing && stats.products !== null && stats.products >= shown ? stats.products : null;
-  ui.count.textContent = describeCount(shown, page.done, whole);
+  const all = page.total ?? (browsing() && countFilters(view) === 0 ? stats.products : null);
+  ui.count.textContent = describeCount(shown, page.done, all !== null && all >= shown ? all : null);
   ui.more.hidden = page.done;
   ui.end.hidden = !(page.done && shown > 0 && current.products.length > page.products.length);
-  showNotice(page.degraded ? `Some of the search is unavailable: ${page.degraded}` : "");
+  showNotice(page.degraded ? degradedText(page.degraded) : "");
+  showCorrected(page.corrected);
   showModel(page.model ?? stats.model, page.tookMs);
+}
+
+/** @returns {boolean} nothing is searched for: the catalogue is shown in its own order */
+function browsing() {
+  return !view.q && !photo && !view.similar;
+}
+
+/** @param {string} reason the server's words @returns {string} what it means for who looks at the results */
+function degradedText(reason) {
+  if (!reason.startsWith("searched by words only")) return `Something is missing beside these results just now: ${reason}`;
+  const unused = photo ? " Your photo was not used." : "";
+  return `Only the words could be compared just now, not pictures or meaning, so some good matches may be missing.${unused} (${reason})`;
+}
+
+/** @param {string | undefined} corrected what the server took the words for */
+function showCorrected(corrected) {
+  ui.corrected.hidden = !corrected;
+  if (!corrected) return;
+  ui.correctedAs.textContent = corrected;
+  ui.correctedAs.href = viewToUrl({ ...view, q: corrected });
+  ui.correctedFrom.textContent = view.q;
+  ui.correctedFrom.href = viewToUrl({ ...view, exact: true });
+}
+
+/**
+ * Count once more for a search that was asked before it was known what its products share.
+ * @param {Listing} current
+ */
+async function completeFacets(current) {
+  const { facets } = current;
+  if (!facets || facetNames(view, known).every((key) => key in facets)) return;
+  const { signal } = running;
+  // The results are there; filters that could not be counted are not worth an error.
+  const counted = await countAgain(api, view, photo, known, signal).catch(() => null);
+  if (!counted || signal.aborted) return;
+  current.facets = counted;
+  showFacets();
+}
+
+/** The filters beside the results, as of what is shown now. */
+function showFacets() {
+  if (listing) void completeFacets(listing);
+  const facets = listing?.facets ?? browsingFacets(known, view);
+  facetLists.show(facets, view, currency());
+  showChips();
+  const inStock = facets.in_stock?.find(({ value }) => value === true)?.count;
+  ui.inStockCount.textContent = inStock?.toLocaleString() ?? "";
+  const { min, max } = facets.price ?? {};
+  ui.min.placeholder = typeof min === "number" ? min.toLocaleString() : "from";
+  ui.max.placeholder = typeof max === "number" ? max.toLocaleString() : "to";
 }
 
 /** @param {number} shown @param {boolean} done @param {number | null} whole @returns {string} */
@@ -369,6 +444,7 @@ function showProblem(error, { keepResults = false } = {}) {
   ui.empty.hidden = true;
   ui.more.hidden = true;
   ui.end.hidden = true;
+  ui.corrected.hidden = true;
   ui.count.textContent = "";
   showHeading();
 }
@@ -379,22 +455,58 @@ function showProblem(error, { keepResults = false } = {}) {
 function showControls() {
   // Not while it says the same: writing a value moves the caret.
   if (ui.query.value.trim() !== view.q) ui.query.value = view.q;
-  choose(ui.category, view.category);
-  choose(ui.brand, view.brand);
   if (ui.min.value !== view.min) ui.min.value = view.min;
-  if (ui.max.value !== view.max) ui.max.value = view.max;
+  const upto = view.below || view.max;
+  if (ui.max.value !== upto) ui.max.value = upto;
   ui.inStock.checked = view.inStock;
+  ui.close.checked = view.close;
+  ui.closeField.hidden = browsing();
+  ui.sort.value = view.sort;
+  ui.sortField.hidden = browsing() || Boolean(view.similar);
   ui.mode.value = view.mode;
   ui.using.value = view.using;
   if (view.mode !== START.mode || view.using !== START.using) ui.options.open = true;
   ui.filters.hidden = Boolean(view.similar);
   const active = countFilters(view);
-  ui.filtersClear.hidden = active === 0;
   ui.filtersCount.hidden = active === 0;
   ui.filtersCount.textContent = String(active);
+  showChips();
   showPriceError(false);
   showPhoto();
   showBalance();
+}
+
+/** @returns {string | null} what all prices are in, as far as is known; null if that differs */
+function currency() {
+  const found = new Set(known.products.map(({ currency: one }) => one ?? ""));
+  return found.size === 1 ? [...found][0] : null;
+}
+
+/** Each filter that is on, to be taken off. */
+function showChips() {
+  const chip = (/** @type {string} */ text, /** @type {Partial<View>} */ change) => {
+    const item = document.createElement("li");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "chip";
+    button.setAttribute("aria-label", `Remove the filter ${text}`);
+    const cross = find(document, "#chip-cross", HTMLTemplateElement).content.cloneNode(true);
+    button.append(text, cross);
+    button.addEventListener("click", () => void navigate(change));
+    item.append(button);
+    return item;
+  };
+  const picked = Object.entries(view.picks).flatMap(([key, values]) =>
+    values.map((value) => chip(`${facetName(key)}: ${value}`, { picks: toggled(view, key, value) })),
+  );
+  ui.chipsList.replaceChildren(
+    ...(view.category ? [chip(leaf(view.category), { category: "" })] : []),
+    ...picked,
+    ...(hasPrice(view) ? [chip(rangeName(view.min, view.below || view.max, currency()), { min: "", max: "", below: "" })] : []),
+    ...(view.inStock ? [chip("In stock", { inStock: false })] : []),
+    ...(view.close ? [chip("Close matches only", { close: false })] : []),
+  );
+  ui.chips.hidden = ui.chipsList.childElementCount === 0 || Boolean(view.similar);
 }
 
 function showPhoto() {
@@ -449,20 +561,36 @@ function onType() {
 
 /** Search at once; what typing has already put into the address stays one history entry. */
 function onSubmit() {
+  suggestions.close();
   const q = ui.query.value.trim();
   void navigate({ q }, { how: typing || q === view.q ? "replace" : "push" });
   // On a phone the keyboard covers the results.
   if (matchMedia("(pointer: coarse)").matches) ui.query.blur();
 }
 
+/** @param {import("./suggest.js").Suggestion} suggestion */
+function onSuggestion({ text, kind }) {
+  const change =
+    kind === "category"
+      ? { q: leaf(text), category: text }
+      : kind === "brand"
+        ? { q: text, picks: { ...view.picks, brand: [text] } }
+        : { q: text };
+  ui.query.value = change.q;
+  void navigate(change, { how: typing ? "replace" : "push" });
+}
+
 function onFilter() {
+  // The upper end of a range that was chosen stays what it is until somebody writes another.
+  const below = ui.max.value === view.below ? view.below : "";
   const next = {
     ...view,
-    category: ui.category.value,
-    brand: ui.brand.value,
     min: ui.min.value,
-    max: ui.max.value,
+    max: below ? "" : ui.max.value,
+    below,
     inStock: ui.inStock.checked,
+    close: ui.close.checked,
+    sort: ui.sort.value,
     mode: ui.mode.value,
     using: ui.using.value,
   };
@@ -475,6 +603,7 @@ function onFilter() {
 
 /** @param {File | string} source */
 async function searchPhoto(source) {
+  suggestions.close();
   try {
     const found = typeof source === "string" ? await photoFromAddress(source) : await photoFromFile(source);
     const loaded = navigate({ q: ui.query.value.trim() }, { photo: found });
@@ -514,7 +643,9 @@ function listenToSearch() {
   });
   ui.query.addEventListener("input", (event) => {
     // A half-composed syllable is not a word yet.
-    if (!(event instanceof InputEvent && event.isComposing)) onType();
+    if (event instanceof InputEvent && event.isComposing) return;
+    onType();
+    suggestions.onType();
   });
   ui.query.addEventListener("compositionend", onType);
   ui.query.addEventListener("blur", () => {
@@ -537,17 +668,24 @@ function listenToSearch() {
 }
 
 function listenToFilters() {
-  const changing = [ui.category, ui.brand, ui.min, ui.max, ui.inStock, ui.mode, ui.using];
+  const changing = [ui.min, ui.max, ui.inStock, ui.close, ui.sort, ui.mode, ui.using];
   for (const control of changing) control.addEventListener("change", onFilter);
   const clear = () => void navigate(withoutFilters(view));
   ui.filtersClear.addEventListener("click", () => {
     clear();
-    ui.category.focus();
+    ui.title.focus({ preventScroll: true });
   });
-  ui.filtersToggle.addEventListener("click", () => {
+  const toggle = () => {
     const open = ui.filters.classList.toggle("open");
     ui.filtersToggle.setAttribute("aria-expanded", String(open));
+  };
+  ui.filtersToggle.addEventListener("click", toggle);
+  ui.filtersDone.addEventListener("click", () => {
+    toggle();
+    ui.filtersToggle.scrollIntoView({ block: "center" });
+    ui.title.focus({ preventScroll: true });
   });
+  matchMedia(WIDE).addEventListener("change", showFacets);
   ui.emptyAction.addEventListener("click", () => {
     if (countFilters(view)) clear();
     else void navigate({ ...START }, { photo: null });
@@ -612,6 +750,15 @@ function listenToDrops() {
 }
 
 function listenToResults() {
+  const follow = (/** @type {HTMLAnchorElement} */ link, /** @type {() => Partial<View>} */ change) =>
+    link.addEventListener("click", (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+      event.preventDefault();
+      void navigate(change());
+      ui.title.focus({ preventScroll: true });
+    });
+  follow(ui.correctedAs, () => ({ q: ui.correctedAs.textContent ?? "" }));
+  follow(ui.correctedFrom, () => ({ exact: true }));
   ui.more.addEventListener("click", () => void loadMore());
   ui.problemRetry.addEventListener("click", () => retry());
   ui.back.addEventListener("click", () => {
@@ -631,23 +778,17 @@ function listenToDialog() {
 
 // ---- start -----------------------------------------------------------------------------------------------
 
-/** What makes the page richer and is not worth an error: drop-downs, the count, the model. */
+/** What makes the page richer and is not worth an error: what there is to choose from, the count, the model. */
 async function loadSurroundings() {
-  const [facets, answer] = await Promise.all([
-    readFacets(api).catch(() => null),
+  const [sample, answer] = await Promise.all([
+    sampleCatalogue(api).catch(() => null),
     api.json("/api/v1/stats").catch(() => null),
   ]);
-  if (facets) {
-    fillSelect(ui.category, facets.categories, indentedLeaf);
-    fillSelect(ui.brand, facets.brands);
-  }
   if (answer) stats = { products: answer.products ?? null, model: answer.model ?? "" };
-  if (listing?.last && !ui.results.hasAttribute("aria-busy")) showSummary(listing, listing.last);
-}
-
-/** @param {string} path @returns {string} its last step, set in by its depth */
-function indentedLeaf(path) {
-  return `${"\u2003".repeat(path.split(" > ").length - 1)}${leaf(path)}`;
+  if (sample) Object.assign(known, sample);
+  if (!listing?.last || ui.results.hasAttribute("aria-busy")) return;
+  showSummary(listing, listing.last);
+  showFacets();
 }
 
 async function start() {

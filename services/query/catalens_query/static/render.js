@@ -1,7 +1,8 @@
-/** Product cards, skeletons and drop-down options. Data only ever enters the page as text. */
+/** Product cards, skeletons and how prices read. Data only ever enters the page as text. */
 
 /** @typedef {import("./api.js").Api} Api */
 /** @typedef {import("./listing.js").Product} Product */
+/** @typedef {import("./listing.js").Part} Part */
 
 const FEW_LEFT = 5;
 const SKELETONS = 8;
@@ -45,6 +46,7 @@ export function card(product, { api, eager, onSimilar }) {
   part(".price").textContent = formatPrice(product.price, product.currency);
   showStock(part(".stock"), product);
   showScore(part(".score"), product.score);
+  showWhy(find(element, ".why", HTMLDetailsElement), product);
   showPicture(element, product, api, eager);
   part(".similar-name").textContent = `: ${title(product)}`;
   part(".similar").addEventListener("click", () => onSimilar(product));
@@ -87,7 +89,43 @@ function showScore(element, score) {
   if (typeof score !== "number") return;
   element.hidden = false;
   element.title = "Score: higher is a better match";
-  element.textContent = `score ${new Intl.NumberFormat(LANGUAGES, { maximumSignificantDigits: 3 }).format(score)}`;
+  element.textContent = `score ${formatScore(score)}`;
+}
+
+/** @param {number} score @returns {string} */
+function formatScore(score) {
+  return new Intl.NumberFormat(LANGUAGES, { maximumSignificantDigits: 3 }).format(score);
+}
+
+/** @type {Record<string, string>} */
+const PARTS = { image: "Picture", text: "Description", lexical: "Words", exact: "Exactly this one" };
+
+/** @param {HTMLDetailsElement} element @param {Product} product */
+function showWhy(element, product) {
+  const parts = (product.explain ?? []).filter(({ contribution, score }) => contribution !== 0 || score !== undefined);
+  if (parts.length === 0) return;
+  element.hidden = false;
+  find(element, ".why-name", HTMLElement).textContent = `: ${title(product)}`;
+  const whole = parts.reduce((sum, { contribution }) => sum + Math.max(0, contribution), 0);
+  const list = find(element, "ul", HTMLElement);
+  list.append(...parts.map((part) => shareOf(part, whole)));
+}
+
+/** @param {Part} part @param {number} whole @returns {HTMLElement} how much of the score this part is */
+function shareOf(part, whole) {
+  const item = document.createElement("li");
+  const share = whole > 0 ? Math.max(0, part.contribution) / whole : 0;
+  item.style.setProperty("--share", `${100 * share}%`);
+  const name = document.createElement("span");
+  name.textContent = PARTS[part.part] ?? `Raised for ${(part.field ?? "").replace("attributes.", "")}`;
+  const value = document.createElement("span");
+  const percent = new Intl.NumberFormat(LANGUAGES, { style: "percent", maximumFractionDigits: 0 }).format(share);
+  // A list that lacks the product says nothing about it; one that has it last adds nothing.
+  value.textContent = part.score === null ? "no match" : percent;
+  const own = part.part === "lexical" ? "BM25" : "cosine";
+  if (typeof part.score === "number") item.title = `${own} ${formatScore(part.score)}, adds ${formatScore(part.contribution)}`;
+  item.append(name, value);
+  return item;
 }
 
 /** @param {HTMLElement} element @param {Product} product @param {Api} api @param {boolean} eager */
@@ -160,43 +198,24 @@ function webAddress(address) {
   }
 }
 
-/** @param {number | null | undefined} price @param {string | null | undefined} currency */
-export function formatPrice(price, currency) {
+/**
+ * @param {number | null | undefined} price @param {string | null | undefined} currency
+ * @param {{whole?: boolean}} [options] `whole`: without a fraction where there is none
+ */
+export function formatPrice(price, currency, { whole = false } = {}) {
   if (typeof price !== "number") return "";
+  const short = whole && Number.isInteger(price) ? { maximumFractionDigits: 0 } : {};
   if (currency) {
     try {
-      return new Intl.NumberFormat(LANGUAGES, { style: "currency", currency }).format(price);
+      return new Intl.NumberFormat(LANGUAGES, { style: "currency", currency, ...short }).format(price);
     } catch {
       return `${new Intl.NumberFormat(LANGUAGES).format(price)} ${currency}`;
     }
   }
-  return new Intl.NumberFormat(LANGUAGES, { minimumFractionDigits: 2 }).format(price);
+  return new Intl.NumberFormat(LANGUAGES, { minimumFractionDigits: whole ? 0 : 2 }).format(price);
 }
 
 /** @param {string | null | undefined} category @returns {string} the last step of a path */
 export function leaf(category) {
   return category?.split(" > ").at(-1) ?? "";
-}
-
-/**
- * Fill a drop-down with values after its first option, keeping what is chosen.
- * @param {HTMLSelectElement} select
- * @param {string[]} values
- * @param {(value: string) => string} [label]
- */
-export function fillSelect(select, values, label = (value) => value) {
-  const chosen = select.value;
-  const known = chosen && !values.includes(chosen) ? [chosen, ...values] : values;
-  select.replaceChildren(select.options[0], ...known.map((value) => new Option(label(value), value)));
-  select.value = chosen;
-}
-
-/**
- * Choose a value, adding it where the drop-down does not know it yet.
- * @param {HTMLSelectElement} select
- * @param {string} value
- */
-export function choose(select, value) {
-  if (![...select.options].some((option) => option.value === value)) select.add(new Option(value, value));
-  select.value = value;
 }
