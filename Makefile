@@ -62,6 +62,7 @@ engines: $(VENV)/.dev ## Apache Kafka and Redis for the tests, where they can be
 	@scripts/ensure-kafka
 	@scripts/ensure-redis
 	@scripts/ensure-kustomize
+	@scripts/ensure-promtool
 
 .PHONY: test
 test: engines ## unit, contract, service and end-to-end tests
@@ -104,6 +105,10 @@ bench-search: $(VENV)/.dev ## searches on 100,000 products beside faiss and Qdra
 .PHONY: bench-overload
 bench-overload: $(VENV)/.dev ## twice the capacity over OVERLOAD_MINUTES (10): what is answered, refused and remembered
 	$(BIN)/python -m benchmarks.overload --minutes $(OVERLOAD_MINUTES)
+
+.PHONY: bench-cutoffs
+bench-cutoffs: $(VENV)/.dev ## one min_score for every query: chosen on some drawings, judged on others and the demo
+	$(BIN)/python -m benchmarks.cutoffs
 
 .PHONY: bench-relevance
 bench-relevance: $(VENV)/.dev ## modes, languages and typos on the demo's photographs and the clip-art set
@@ -176,6 +181,10 @@ images-push: ## build and push the images to IMAGE_REGISTRY, with SBOM and prove
 .PHONY: images-sign
 images-sign: ## sign what was pushed, by its digest (cosign)
 	$(foreach name,$(IMAGES),cosign sign --yes $(call IMAGE,$(name))@$$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' $(call IMAGE,$(name))) &&) true
+
+.PHONY: upgrade-drill
+upgrade-drill: engines ## a rolling upgrade from OLD=<git ref> to this checkout and back, on real engines under load
+	$(BIN)/python -m scripts.upgrade_drill $(OLD)
 
 .PHONY: check-k8s
 check-k8s: $(VENV)/.dev ## build every overlay with every combination of components and check what comes out
