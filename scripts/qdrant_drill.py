@@ -50,6 +50,8 @@ SCRATCH: Final = "drill"
 """Behind the alias and a hyphen: no name that the services look for."""
 NOBODY: Final = f"{events.REINDEX_GROUPS}drill"
 """A group that never read anything: its lag is the length of the log."""
+ABOUT: Final = 0.9
+"""Of the points that were noted, which Qdrant counts roughly, so many are to be found where nothing can be compared."""
 PAGE: Final = 256
 SLICES: Final = 16
 """Places of the index, evenly apart, from which vectors are compared; point ids are hashes."""
@@ -103,6 +105,8 @@ class Nodes:
         for url in self.urls:
             found = await self.ask("GET", url, "/cluster")
             if found["status"] == "disabled":
+                if len(self.urls) > 1:
+                    raise Misconfigured(f"{url} is a server by itself and not a node of a cluster: name it alone")
                 named.append(url)
                 peers.add(url)
             else:
@@ -119,17 +123,28 @@ class Nodes:
         path = f"/collections/{quote(collection)}/snapshots"
         made = await self.ask("POST", url, path)
         there = f"{path}/{quote(made['name'])}"
-        place = folder / made["name"]
+        try:
+            fetched = await self._fetch(url, there, folder / made["name"], made.get("checksum"))
+        except BaseException:  # whatever it is: copies that nobody fetches would fill the server's disk
+            try:
+                await self.ask("DELETE", url, there)
+            except CatalensError as error:
+                say(f"{made['name']} was left at {url}: {error}")
+            raise
+        await self.ask("DELETE", url, there)
+        return fetched
+
+    async def _fetch(self, url: str, there: str, place: Path, checksum: str | None) -> File:
         async with self._calling("GET", url, there) as answer:
             await _refused(answer, url)
+            size = 0
             with place.open("wb") as out:
                 async for chunk in answer.content.iter_chunked(_CHUNK):
-                    await asyncio.to_thread(out.write, chunk)
+                    size += await asyncio.to_thread(out.write, chunk)
         found = await asyncio.to_thread(_sha256, place)
-        if made.get("checksum") not in (None, found):
-            raise Transient(f"{place} came damaged from {url}: its SHA-256 is {found}, not {made['checksum']}")
-        await self.ask("DELETE", url, there)
-        return File(place.name, url, place.stat().st_size, found)
+        if checksum not in (None, found):
+            raise Transient(f"{place} came damaged from {url}: its SHA-256 is {found}, not {checksum}")
+        return File(place.name, url, size, found)
 
     async def recover(self, url: str, collection: str, path: Path, checksum: str) -> None:
         """Make that node's part of `collection` what the snapshot holds, whatever is there."""
@@ -253,7 +268,7 @@ async def restore(settings: Settings, nodes: Nodes, folder: Path, *, replace: bo
         await _delete(connection, scratch)
         try:
             index = await _recover(nodes, connection, taken, folder, scratch)
-            held = await _prove(indexes, index, taken)
+            held = await _prove(log, indexes, index, taken)
         finally:
             await _delete(connection, scratch)
         say(f"scratch: {scratch} deleted")
@@ -333,14 +348,14 @@ async def _delete(connection: Connection, collection: str) -> None:
     await connection.call(connection.collections.Delete, pb.DeleteCollection(collection_name=collection))
 
 
-async def _prove(indexes: Indexes, restored: VectorIndex, taken: Taken) -> bool:
+async def _prove(log: EventLog, indexes: Indexes, restored: VectorIndex, taken: Taken) -> bool:
     """Compare with the live index of the same model, if there is one; False if the snapshot is wrong."""
     if taken.index not in await indexes.all():
         found = 0
         async for _ in _points(restored):
             found += 1
         say(f"points: {found:,} can be read, about {taken.points:,} were noted; there is no live index to compare with")
-        return found > 0 or taken.points == 0
+        return found >= ABOUT * taken.points
     live = await indexes.open(taken.index)
     try:
         tally = await _compare(_points(restored), _points(live))
@@ -351,7 +366,11 @@ async def _prove(indexes: Indexes, restored: VectorIndex, taken: Taken) -> bool:
         await live.close()
     if tally["newer than live"] or tally["only in the snapshot"]:
         say("the live index lacks what the snapshot has: it lost something, or forgot deletions that are old enough")
-    return not tally["different"] and not other
+    # Read again, since workers may run: no more points can be new than the log brings back.
+    back = sum((await _since(log, taken)).values())
+    if lost := tally["written since"] > back:
+        say(f"the snapshot lacks points: {tally['written since']:,} are not in it, and the log has {back:,} since")
+    return not tally["different"] and not other and not lost
 
 
 async def _compare(restored: AsyncIterator[PointState], live: AsyncIterator[PointState]) -> _Tally:

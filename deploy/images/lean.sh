@@ -16,11 +16,11 @@ python3 -m compileall -q -j 0 .
 mkdir -p /data/models /pictures
 chown -R 10001:10001 /data /pictures
 
-# Those first whose last words need what goes next.
+# Those first whose last words need what goes next. openssl stays: where libssl looks for certificates are its links.
 dpkg --purge --force-all libpam-modules libpam-modules-bin libpam-runtime libpam0g passwd
 dpkg --purge --force-all adduser apt bash bsdutils debconf debian-archive-keyring diffutils findutils grep gzip \
   hostname init-system-helpers libapt-pkg7.0 libdb5.3t64 libsemanage-common libsemanage2 libsepol2 login login.defs mawk \
-  mount ncurses-bin openssl perl-base sqv sysvinit-utils tar util-linux
+  mount ncurses-bin perl-base sqv sysvinit-utils tar util-linux
 # What no list names: package lists, documents, and converters for iconv, which Python has of its own.
 rm -rf "$0" /etc/apt /usr/lib/*/gconv /usr/share/doc /var/cache/debconf /var/lib/apt /var/lib/systemd /var/log/*
 # Last, what deletes, and the libraries of all these.

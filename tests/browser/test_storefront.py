@@ -469,6 +469,30 @@ def test_facets_say_how_many_there_are_and_narrow_the_results(page: Page) -> Non
     expect(page).to_have_url(re.compile(r"\?q=shoe$"))
 
 
+def test_a_second_tick_before_the_answer_keeps_the_first(page: Page) -> None:
+    page.goto("/?q=shoe")
+    expect(choice(page, "Color", "black")).to_be_visible()
+
+    def one_is_not_enough(route: Route) -> None:
+        if body_of(route.request).get("filters", {}).get("attributes.color") != ["black"]:
+            route.continue_()  # the first is left without an answer
+
+    page.route(SEARCH, one_is_not_enough)
+    choice(page, "Color", "black").check()
+    choice(page, "Color", "white").check()
+    expect(page).to_have_url(re.compile(r"attributes\.color=black.*white"))
+    settled(page)
+    expect(choice(page, "Color", "black")).to_be_checked()
+    expect(choice(page, "Color", "white")).to_be_checked()
+
+
+def test_a_chip_that_is_taken_off_leaves_the_keyboard_at_the_results(page: Page) -> None:
+    page.goto("/?q=shoe&attributes.color=black")
+    page.get_by_role("button", name="Remove the filter Color: black").press("Enter")
+    expect(page.locator("#results-title")).to_be_focused()
+    expect(choice(page, "Color", "black")).not_to_be_checked()
+
+
 def test_facets_of_the_catalogue_are_counted_while_browsing(page: Page) -> None:
     page.goto("/")
     expect(choice(page, "Category", "Electronics")).to_be_visible()

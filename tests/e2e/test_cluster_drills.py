@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -24,8 +25,9 @@ from catalens.client import CatalensClient
 from catalens.domain import Message, TopicPartition
 from catalens.engines.qdrant_messages import pb
 from catalens.engines.qdrant_wire import Connection
-from catalens.errors import Conflict, Misconfigured
+from catalens.errors import Conflict, Misconfigured, Transient
 from catalens.ports import EventLog
+from catalens.settings import Settings
 
 pytestmark = pytest.mark.timeout(240)
 GOLDEN = ROOT / "tests" / "fixtures" / "events"
@@ -55,8 +57,11 @@ async def log(cluster: Cluster) -> AsyncIterator[EventLog]:
 async def worker(cluster: Cluster, module: str | None = None) -> AsyncIterator[Service]:
     """An embedder process, ended gracefully."""
     service = await asyncio.to_thread(cluster.service, "embedder", module, **PICTURES)
-    yield service
-    assert await asyncio.to_thread(service.stop) == 0
+    try:
+        yield service
+    finally:  # or what comes next would have two
+        status = await asyncio.to_thread(service.stop)
+    assert status == 0
 
 
 async def equal(cluster: Cluster, load: Load, prefix: str) -> None:
@@ -165,6 +170,14 @@ async def drill(cluster: Cluster, *arguments: str) -> tuple[int, str]:
     return process.returncode, said.decode()
 
 
+async def collections_of(settings: Settings) -> list[str]:
+    """Return the names of what the server has."""
+    connection = Connection(settings.qdrant)
+    collections = await connection.call(connection.collections.List, pb.ListCollectionsRequest())
+    await connection.close()
+    return [each.name for each in collections.collections]
+
+
 async def test_the_index_is_restored_from_a_snapshot_taken_under_load(
     cluster: Cluster, log: EventLog, ingest: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,9 +205,8 @@ async def test_the_index_is_restored_from_a_snapshot_taken_under_load(
         await settled(log)
     await equal(cluster, load, "snap")
 
+    (name,) = await collections_of(settings)  # and the scratch collection is gone
     connection = Connection(settings.qdrant)
-    collections = await connection.call(connection.collections.List, pb.ListCollectionsRequest())
-    (name,) = [each.name for each in collections.collections]  # and the scratch collection is gone
     await connection.call(connection.collections.Delete, pb.DeleteCollection(collection_name=name))
     await connection.close()
 
@@ -222,6 +234,49 @@ async def test_a_worker_that_runs_while_the_index_is_put_back_is_noticed(
         with pytest.raises(Conflict, match="a worker ran while the index was put back"):
             await restore(settings, Raced(server._session, server.urls), folder, replace=True)
         assert await restore(settings, server, folder, replace=True)
+
+
+async def test_a_snapshot_that_lacks_what_the_log_does_not_bring_back_is_not_put_in_service(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, settings = tmp_path / "snapshot", cluster.settings()
+
+    class Short(Nodes):
+        async def recover(self, url: str, collection: str, path: Path, checksum: str) -> None:
+            await super().recover(url, collection, path, checksum)
+            connection = Connection(settings.qdrant)
+            every = pb.PointsSelector(filter=pb.Filter())
+            request = pb.DeletePoints(collection_name=collection, wait=True, points=every)
+            await connection.call(connection.points.Delete, request)
+            await connection.close()
+
+    async with reached(settings, [settings.qdrant.url]) as server:
+        await take(settings, server, folder)
+        assert not await restore(settings, Short(server._session, server.urls), folder, replace=True)
+        said = capsys.readouterr().out
+        assert "the snapshot lacks points" in said
+        assert "nothing was changed: this snapshot does not hold what it should" in said
+        assert await restore(settings, server, folder, replace=False)
+
+
+async def test_a_snapshot_that_comes_damaged_is_not_left_on_the_server(cluster: Cluster, tmp_path: Path) -> None:
+    settings, made = cluster.settings(), list[str]()
+
+    class Cut(Nodes):
+        async def ask(self, method: str, url: str, path: str, **more: Any) -> Any:
+            result = await super().ask(method, url, path, **more)
+            if method != "POST":
+                return result
+            made.append(f"{path}/{result['name']}")
+            return {**result, "checksum": "0" * 64}
+
+    async with reached(settings, [settings.qdrant.url]) as server:
+        with pytest.raises(Transient, match="came damaged"):
+            await take(settings, Cut(server._session, server.urls), tmp_path / "snapshot")
+        (there,) = made
+        with pytest.raises(Misconfigured, match="Not found: Snapshot"):
+            await server.ask("GET", server.urls[0], there)
+    assert os.listdir(tmp_path) == []  # noqa: PTH208  # nothing else uses the loop
 
 
 async def test_a_damaged_snapshot_is_not_restored(cluster: Cluster, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ const api = new Api({
 
 const facetLists = new FacetLists(byId("facets", HTMLElement), byId("prices", HTMLElement), {
   onChange: (change) => void navigate(change),
+  view: () => view,
   unfolded: () => matchMedia(WIDE).matches,
 });
 const suggestions = new Suggestions(ui.query, byId("suggestions", HTMLElement), { api, onChoose: onSuggestion });
@@ -360,7 +361,8 @@ async function completeFacets(current) {
 /** The filters beside the results, as of what is shown now. */
 function showFacets() {
   if (listing) void completeFacets(listing);
-  const facets = listing?.facets ?? browsingFacets(known, view);
+  // Beside a search that came without facets the catalogue's numbers would look like its own.
+  const facets = listing?.facets ?? browsingFacets({ ...known, complete: known.complete && browsing() }, view);
   facetLists.show(facets, view, currency());
   showChips();
   const inStock = facets.in_stock?.find(({ value }) => value === true)?.count;
@@ -492,7 +494,10 @@ function showChips() {
     button.setAttribute("aria-label", `Remove the filter ${text}`);
     const cross = find(document, "#chip-cross", HTMLTemplateElement).content.cloneNode(true);
     button.append(text, cross);
-    button.addEventListener("click", () => void navigate(change));
+    button.addEventListener("click", () => {
+      void navigate(change);
+      ui.title.focus({ preventScroll: true }); // the chip is gone
+    });
     item.append(button);
     return item;
   };
@@ -538,7 +543,7 @@ function showWeight() {
 /** @param {boolean} wrong */
 function showPriceError(wrong) {
   ui.priceError.hidden = !wrong;
-  for (const input of [ui.min, ui.max]) input.toggleAttribute("aria-invalid", wrong);
+  for (const input of [ui.min, ui.max]) input.setAttribute("aria-invalid", String(wrong));
 }
 
 /** @type {ReturnType<typeof setTimeout> | undefined} a change that waits for its pause */

@@ -25,13 +25,14 @@ export class FacetLists {
   /**
    * @param {HTMLElement} root
    * @param {HTMLElement} prices
-   * @param {{onChange: (change: Partial<View>) => void, unfolded: () => boolean}} options `unfolded`: whether facets
-   * that nobody touched are open
+   * @param {{onChange: (change: Partial<View>) => void, view: () => View, unfolded: () => boolean}} options `view`: as it is
+   * chosen now, before its answer came; `unfolded`: whether facets that nobody touched are open
    */
-  constructor(root, prices, { onChange, unfolded }) {
+  constructor(root, prices, { onChange, view, unfolded }) {
     this.root = root;
     this.prices = prices;
     this.onChange = onChange;
+    this.view = view;
     this.unfolded = unfolded;
   }
 
@@ -66,20 +67,21 @@ export class FacetLists {
     group.className = "facet";
     group.dataset.facet = key;
     group.open = this.#open.get(key) ?? (chosen || this.unfolded());
-    group.addEventListener("toggle", () => {
-      if (group.isConnected) this.#open.set(key, group.open);
-    });
     const list = element("ul", "choices");
     list.setAttribute("aria-label", name);
     list.append(...items);
-    group.append(summary(name), list);
+    const head = summary(name);
+    head.dataset.choice = `facet ${key}`;
+    // Not on "toggle", which is told of what was drawn open too.
+    head.addEventListener("click", () => this.#open.set(key, !group.open));
+    group.append(head, list);
     return group;
   }
 
   /** @param {Choice[]} found @param {View} view @returns {HTMLElement[]} */
   #categories(found, view) {
     const path = view.category;
-    const known = path && !found.some(({ value }) => value === path) ? [...found, { value: path, count: 0 }] : found;
+    const known = path && !found.some(({ value }) => value === path) ? [...found, { value: path, count: null }] : found;
     const tree = inTreeOrder(known);
     const shown =
       tree.length <= SMALL_TREE
@@ -97,7 +99,7 @@ export class FacetLists {
   /** @param {string} key @param {Choice[]} found @param {View} view */
   #values(key, found, view) {
     const picked = (view.picks[key] ?? []).filter((value) => !found.some((one) => one.value === value));
-    const all = [...picked.map((value) => ({ value, count: 0 })), ...found];
+    const all = [...picked.map((value) => ({ value, count: null })), ...found];
     const folded = all.length > FEW + 1 && !this.#whole.has(key);
     const shown = folded ? all.filter(({ value }, index) => index < FEW || isPicked(view, key, value)) : all;
     const items = shown.map(({ value, count }) => this.#check(key, value, count, view));
@@ -113,7 +115,7 @@ export class FacetLists {
     box.type = "checkbox";
     box.checked = isPicked(view, key, value);
     box.dataset.choice = `${key} ${value}`;
-    box.addEventListener("change", () => this.onChange({ picks: toggled(this.#shown[1], key, value) }));
+    box.addEventListener("change", () => this.onChange({ picks: toggled(this.view(), key, value) }));
     label.append(box, ...swatch(key, value), element("span", "choice-name", value), ...tally(count));
     item.append(label);
     return item;
@@ -147,6 +149,7 @@ export class FacetLists {
     const button = document.createElement("button");
     button.type = "button";
     button.className = "choice-all";
+    button.dataset.choice = `all ${key}`;
     button.textContent = `Show all ${count.toLocaleString()}`;
     button.addEventListener("click", () => {
       const place = item.parentElement?.children.length ?? 1;
