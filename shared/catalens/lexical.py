@@ -12,7 +12,8 @@ import re
 import threading
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
@@ -47,6 +48,7 @@ _POSSESSIVE: Final = re.compile(r"'s\b")
 _WORD: Final = re.compile(r"\d+[.,]\d+(?!\w)|[^\W_]+(?:[-._/:+&'][^\W_]+)*")
 _DECIMAL: Final = re.compile(r"\d+[.,]\d+")
 _RUN: Final = re.compile(r"[^\W_]+")
+_CHUNK: Final = re.compile(r"\S+")
 _SEPARATOR: Final = re.compile(r"[-._/:+&']")
 _LETTERS: Final = str.maketrans({"œ": "oe", "æ": "ae", "ø": "o", "đ": "d", "ł": "l", "ı": "i"})
 # Words that say nothing; one that means something in another of the languages is not here (or, son, car, but, die).
@@ -60,6 +62,22 @@ _STOP: Final[Mapping[Language, str]] = {
 _SNOWBALL: Final[Mapping[Language, str]] = {"en": "english", "fr": "french", "de": "german", "es": "spanish"}
 _UNIT: Final = re.compile(r"\d\s[^\W\d_]{2}(?![^\W_])")
 """Finds something in every text that has a number and a unit apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A word of a query as it was written, small and with its accents."""
+
+    text: str
+    chunk: str
+    """What it stands in between two spaces: a product id, maybe."""
+    ways: tuple[tuple[str, ...], ...]
+    """How a product may have it, each way the words that it takes: whole, in parts, in one with a neighbour."""
+
+    @property
+    def spelt(self) -> bool:
+        """True of a word, False of a code, a number or a letter."""
+        return len(self.text) > 1 and not any(character.isdigit() for character in self.text)
 
 
 class _Stemmers(threading.local):
@@ -165,6 +183,30 @@ def words_of(text: str, languages: tuple[Language, ...]) -> set[str]:
     return {word for word, _ in _words(text, languages)}
 
 
+def written(text: str, languages: tuple[Language, ...]) -> list[Written]:
+    """Return the words of a text that say something, one for each that was written, however it is looked up."""
+    text, stop = _plainly(text), stop_words(languages)
+    joined: defaultdict[int, list[str]] = defaultdict(list)
+    for before, after in _neighbours(text, stop):
+        for word in (before, after):
+            joined[word.start()].append(before[0] + after[0])
+    found = []
+    for chunk in _CHUNK.finditer(text):
+        for word in _WORD.finditer(text, *chunk.span()):
+            if word[0] not in stop:
+                whole, *parts = [part for part, _ in _split(word[0])]
+                ways = [(whole,), tuple(part for part in parts if part not in stop)]
+                ways += [(both,) for both in joined[word.start()]]
+                found.append(Written(word[0], chunk[0], tuple(way for way in ways if way)))
+    return found
+
+
+def vector_of_any(words: Iterable[str], product_id: str, languages: tuple[Language, ...]) -> SparseVector:
+    """Return what finds products that have one of these words, and the product with that id."""
+    terms = sorted({_identifier(product_id), *(term for word in words for term, _ in _terms(word, languages))})
+    return SparseVector(tuple(terms), (1.0,) * len(terms))
+
+
 def runs(text: str) -> list[str]:
     """Return the runs of letters and digits in order, folded, without elisions ("l'été" is ete)."""
     return [fold(run) for run in _RUN.findall(_plainly(text))]
@@ -194,11 +236,15 @@ def _cut(text: str, languages: tuple[Language, ...]) -> tuple[list[str], list[st
     lone = 1 in map(len, words) and any(len(word) == 1 and word not in stop for word in words)
     if not lone and _UNIT.search(text) is None:
         return words, []  # most texts; to look at neighbours costs four times as much
-    return words, [
-        before[0] + after[0]
-        for before, after in pairwise(_WORD.finditer(text))
-        if after.start() - before.end() == 1 and text[before.end()].isspace() and _joins(before[0], after[0], stop)
-    ]
+    return words, [before[0] + after[0] for before, after in _neighbours(text, stop)]
+
+
+def _neighbours(text: str, stop: Collection[str]) -> Iterator[tuple[re.Match[str], re.Match[str]]]:
+    """Return the words of a plain text that are also one word with the next."""
+    for before, after in pairwise(_WORD.finditer(text)):
+        apart = after.start() - before.end() == 1 and text[before.end()].isspace()
+        if apart and _joins(before[0], after[0], stop):
+            yield before, after
 
 
 def _plainly(text: str) -> str:

@@ -270,6 +270,12 @@ class Metrics:
             ["mode", "degraded"],
             registry=add,
         )
+        self.search_incomplete = Counter(
+            "catalens_search_incomplete",
+            "Answers that had to do without their facets, or without how many variants each result has.",
+            ["part"],
+            registry=add,
+        )
         self.search_stages = Histogram(
             "catalens_search_stage_seconds",
             "Stages of one search: encode, search (the index), fuse, load (the products found), facets.",
@@ -281,6 +287,8 @@ class Metrics:
 
     def _begin_at_nothing(self) -> None:
         """Tell from the start what alerts watch: to Prometheus a series that begins with an event has not grown."""
+        for part in ("facets", "variants"):
+            self.search_incomplete.labels(part)
         for kind in (events.UPSERTED, events.DELETED, events.OFFER_CHANGED):
             self.accepted.labels(kind)
             self.processed.labels(kind, "applied")

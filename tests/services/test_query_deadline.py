@@ -42,7 +42,8 @@ async def test_an_index_that_is_late_is_503_and_then_goes_on(tmp_path: Path) -> 
 
 
 async def test_facets_that_are_late_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with open_shop(tmp_path, http=HttpSettings(search_timeout=LIMIT)) as shop:
+    # The hits must be in time, on a busy machine too.
+    async with open_shop(tmp_path, http=HttpSettings(search_timeout=3)) as shop:
         await shop.put(Product(product_id="a", name="red shoe", brand="Velo", group_id="g"))
         index = shop.engines.index
         assert isinstance(index, EdgeIndex)
@@ -58,5 +59,5 @@ async def test_facets_that_are_late_are_left_out_and_named(tmp_path: Path, monke
         finally:
             os.kill(pid, signal.SIGCONT)
         assert [(hit["product_id"], hit["variants"]) for hit in found["results"]] == [("a", 1)]
-        assert found["degraded"] == f"without facets: the search took longer than {LIMIT:g} s"
+        assert found["degraded"] == "without facets: the search took longer than 3 s"
         assert "facets" not in found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,21 +145,61 @@ async def test_what_was_written_weighs_more_than_what_may_have_been_meant(shop: 
         await shop.delete("newcomer", 2)
 
 
-async def test_words_that_the_catalogue_has_not_make_the_others_count_less(shop: Shop) -> None:
-    async def weight(query: str) -> float:
-        (best, *_) = (await shop.search(query=query, explain=True))["results"]
-        return next(float(part["weight"]) for part in best["explain"] if part["part"] == "lexical")
+async def weight(shop: Shop, query: str, **asked: Any) -> float:
+    """Return how much the words' list counts for the best product."""
+    (best, *_) = (await shop.search(query=query, explain=True, **asked))["results"]
+    return next(float(part["weight"]) for part in best["explain"] if part["part"] == "lexical")
 
-    whole = await weight("runner blue")
-    assert await weight("RX-1001 blue") == pytest.approx(whole)  # a code is in no vocabulary, but in the index
-    assert 0 < await weight("runner blue qqqq pppp") < await weight("runner blue qqqq") < whole
-    before = await weight("blue glorp")
+
+async def test_words_that_the_catalogue_has_not_make_the_others_count_less(shop: Shop) -> None:
+    whole = await weight(shop, "runner blue")
+    assert await weight(shop, "RX-1001 blue") == pytest.approx(whole)  # a code is in no vocabulary, but in the index
+    some = await weight(shop, "runner blue qqqq")
+    assert 0 < await weight(shop, "runner blue qqqq pppp") < some < whole
+    assert await weight(shop, "runner blue qqqq", correct=False) == pytest.approx(some)
+    before = await weight(shop, "blue glorp")
     await shop.put(Product(product_id="glorp", name="Glorp"))  # after the words were read
     try:
-        assert before < await weight("blue glorp") == pytest.approx(whole)
+        assert before < await weight(shop, "blue glorp") == pytest.approx(whole)
         assert (await shop.search(query="glorp shoe"))["results"][0]["product_id"] == "glorp"
     finally:
         await shop.delete("glorp", 2)
+
+
+async def test_what_the_catalogue_writes_in_another_way_is_known(tmp_path: Path) -> None:
+    names = {
+        "RX-1002": "Runner blue",
+        "router": "blue WiFi router",
+        "dress": "Dress red size M",
+        "headphones": "blue noise cancelling headphones",
+        "case": "iPhone 8 blue leather case",
+        "shampoo": "blue shampoo 500ml",
+    }
+    async with open_shop(tmp_path) as shop:
+        for product_id, name in names.items():
+            await shop.put(Product(product_id=product_id, name=name))
+        parts = [Product(product_id=f"part-{n}", name=f"Part 2 {n + 100}", version=1) for n in range(30)]
+        await shop.engines.index.upsert(
+            [IndexDocument(TENANT, part, "none", lexical=lexical.document_vector(part)) for part in parts]
+        )
+        await shop.vocabularies.read(TENANT, shop.engines.index)
+        whole = await weight(shop, "blue runner")
+        for query in (
+            "RX-1002 blue",
+            "RX-1002 runner blue",
+            "blue wi-fi router",
+            "dress m red",
+            "blue noise-cancelling headphones",
+            "iphone 8 blue case",
+            "blue shampoo 500 ml",
+            "2 blue routers",
+            f"blue {' '.join(map(str, range(100, 130)))} 500ml 2 8 m",  # more than are asked for
+        ):
+            assert await weight(shop, query) == pytest.approx(whole), query
+        assert await weight(shop, "RX-9999 blue") < whole
+        # A number that is everywhere says nothing, so two words that nobody has leave next to nothing of the list.
+        only = {"product_id": list(names)}
+        assert await weight(shop, "2 jaune vert", filters=only) < 0.01
 
 
 # --- the reading ----------------------------------------------------------------------------------------------

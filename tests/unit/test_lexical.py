@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalens.domain import DEFAULT_LANGUAGES, Language, Product
-from catalens.lexical import document_vector, query_vector, runs, text_for_embedding, words_of
+from catalens.lexical import (
+    document_vector,
+    query_vector,
+    runs,
+    text_for_embedding,
+    vector_of_any,
+    words_of,
+    written,
+)
 
 FOUR: tuple[Language, ...] = ("en", "fr", "de", "es")
 TEXT = st.text(st.characters(codec="utf-8"), max_size=60)
@@ -189,6 +197,33 @@ def test_words_that_may_have_been_meant_weigh_less() -> None:
     hit = sum(dict(zip(meant.indices, meant.values, strict=True)).get(term, 0.0) for term in stored.indices)
     assert hit == pytest.approx(0.6)
     assert set(written.indices) <= set(meant.indices)
+
+
+def test_each_word_that_was_written_is_one_however_it_is_looked_up() -> None:
+    found = {word.text: word.ways for word in written("The T-shirt m red, d'été AB-12 500 ml", DEFAULT_LANGUAGES)}
+    assert found == {
+        "t-shirt": (("tshirt",), ("t", "shirt")),
+        "m": (("m",), ("mred",)),
+        "red": (("red",), ("mred",)),
+        "été": (("été",),),
+        "ab-12": (("ab12",), ("ab", "12")),
+        "500": (("500",), ("500ml",)),
+        "ml": (("ml",), ("500ml",)),
+    }
+    assert [word.chunk for word in written("(AB-- c", DEFAULT_LANGUAGES)] == ["(ab--", "c"]
+
+
+@given(text=st.text("ab1-' .,é", max_size=30))
+def test_what_is_written_is_looked_up_by_nothing_but_its_words(text: str) -> None:
+    forms = {one for word in written(text, DEFAULT_LANGUAGES) for way in word.ways for one in way}
+    assert forms <= words_of(text, DEFAULT_LANGUAGES)
+
+
+def test_a_vector_of_any_finds_a_product_by_its_id_and_by_one_of_the_words() -> None:
+    asked = set(vector_of_any(["rx1002", "shirts"], "rx-1002", DEFAULT_LANGUAGES).indices)
+    for name, product_id in (("Runner blue", "RX-1002"), ("Green shirt", "a"), ("Filter RX1002", "b")):
+        assert asked & set(document_vector(Product(product_id=product_id, name=name)).indices)
+    assert not asked & set(document_vector(Product(product_id="c", name="RX 9")).indices)
 
 
 def test_the_words_of_a_text() -> None:

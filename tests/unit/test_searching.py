@@ -149,12 +149,17 @@ async def refuse() -> None:
     raise Transient("the index process ended")
 
 
-def shopping(broken: Mapping[str, Callable[[], Awaitable[None]]], error: CatalensError | None = None) -> Searcher:
-    metrics = Metrics()
+def shopping(
+    broken: Mapping[str, Callable[[], Awaitable[None]]],
+    error: CatalensError | None = None,
+    metrics: Metrics | None = None,
+) -> Searcher:
+    metrics = metrics or Metrics()
     encoder = CachedEncoder(AwayEncoder(error), MemoryCache(10), metrics) if error else None
     return Searcher(OneProductIndex(broken), encoder, metrics)  # type: ignore[arg-type]  # reads only
 
 
+INCOMPLETE = "catalens_search_incomplete_total"
 GROUPED = replace(search("lexical"), order=Order(group_by="group_id"), facets=("brand",), explain=True)
 
 
@@ -184,6 +189,27 @@ async def test_every_part_that_is_missing_is_named(too_late: Callable[[], Awaita
         "without facets: the search took longer than 15 s"
     )
     assert len(found.hits) == 1
+
+
+async def test_after_its_time_a_search_gives_the_index_no_more_work(too_late: Callable[[], Awaitable[None]]) -> None:
+    asked = []
+
+    async def ask() -> None:
+        asked.append("facet")
+
+    metrics = Metrics()
+    found = await shopping({"count": too_late, "facet": ask}, metrics=metrics).search("default", GROUPED)
+    assert (asked, found.facets) == ([], None)
+    assert found.degraded is not None
+    assert "without facets: the search took longer than 15 s" in found.degraded
+    counted = {part: metrics.registry.get_sample_value(INCOMPLETE, {"part": part}) for part in ("facets", "variants")}
+    assert counted == {"facets": 1, "variants": 1}
+
+
+async def test_a_whole_answer_counts_as_none_that_is_incomplete() -> None:
+    metrics = Metrics()
+    await shopping({}, metrics=metrics).search("default", GROUPED)
+    assert metrics.registry.get_sample_value(INCOMPLETE, {"part": "facets"}) == 0
 
 
 @pytest.mark.parametrize("method", ["search", "get"])

@@ -111,13 +111,6 @@ def test_words_are_counted_once_a_product_and_descriptions_complete_nothing() ->
     assert known.count("absent") == 0
 
 
-def test_a_text_is_covered_when_its_long_words_are_there() -> None:
-    known = vocabulary("Robe d'été", "Shoes")
-    assert known.covers("ROBE, shoes: l'été xyz 12")
-    assert not known.covers("robes")  # known, but only by its stem: not worth finding out twice
-    assert not known.covers("sheos")
-
-
 def test_words_are_shown_with_the_accents_that_they_mostly_have() -> None:
     known = vocabulary("Été", "été", "ete")
     assert known.count("ete") == 3
@@ -184,8 +177,12 @@ def test_french_with_its_apostrophe_and_without_its_accents() -> None:
 
 def test_how_much_of_a_query_the_catalogue_knows() -> None:
     known = vocabulary("red shirt", "red shoes", "red robe", "Écharpe brodée")
-    assert known.spreads("The red shirts, XJ-9!") == {"red": 3, "shirts": 1, "xj9": 0, "xj": 0, "9": 0}
-    assert known.spreads("l’écharpe brodé") == {"écharpe": 1, "brodé": 1}
+
+    def spreads(text: str) -> dict[str, int]:
+        return {word.text: spread for word, spread in known.spreads(text).items()}
+
+    assert spreads("The red shirts, XJ-9!") == {"red": 3, "shirts": 1, "xj-9": 0}
+    assert spreads("l’écharpe brodé") == {"écharpe": 1, "brodé": 1}
 
     def share(text: str) -> float:
         return known.share_known(known.spreads(text))
@@ -194,6 +191,61 @@ def test_how_much_of_a_query_the_catalogue_knows() -> None:
     assert 0 < share("red zzzz") < share("shirt zzzz") < 0.5
     assert share("red shirt zzzz") > share("shirt zzzz yyyy")
     assert share("zzzz") == share("") == 1.0  # what is found all the same is newer than the words
+
+
+@pytest.mark.parametrize(
+    ("name", "query"),
+    [
+        ("WiFi router", "wi-fi router"),
+        ("T-shirt", "tshirt"),
+        ("Tshirt", "t-shirt"),
+        ("noise cancelling headphones", "noise-cancelling headphones"),
+        ("red noise and cancelling", "noise-red"),
+        ("made in France", "made-in-france"),
+    ],
+)
+def test_a_compound_is_known_in_whichever_way_the_catalogue_writes_it(name: str, query: str) -> None:
+    known = vocabulary(name, "other")
+    assert all(known.spreads(query).values())
+    assert known.share_known(known.spreads(f"{query} zzzz")) < 1
+    assert set(known.spreads("zzzz-noise").values()) == {0}
+
+
+def test_neighbours_that_are_one_word_make_both_known() -> None:
+    spreads = vocabulary("XBox").spreads("x box games")
+    assert {word.text: spread for word, spread in spreads.items()} == {"x": 1, "box": 1, "games": 0}
+
+
+def test_what_is_looked_up_of_a_word_is_what_the_catalogue_lacked() -> None:
+    known = vocabulary("noise filter")
+    (code,), (compound,) = known.spreads("Filter-8"), known.spreads("noise-zzzz")
+    assert (known.lacks(code), code.spelt) == (["filter8", "8"], False)
+    assert (known.lacks(compound), compound.spelt) == (["noisezzzz", "zzzz"], True)
+
+
+@pytest.mark.parametrize(
+    ("text", "covered"),
+    [
+        ("red noise 8 8GB RX-1002", True),
+        ("12 34 56 78", True),
+        ("The NOISE, of: l'été", True),
+        ("reds", False),  # known, but only by its stem: not worth finding out twice
+        ("", True),
+        ("nois", False),
+        ("ab cd", False),
+        ("noise-red", False),
+        ("x red", False),
+    ],
+)
+def test_what_is_read_in_no_time_has_no_word_to_be_stemmed(text: str, covered: bool) -> None:
+    assert vocabulary("red noise", "RX noises", "Robe d'été").covers(text) is covered
+
+
+def test_numbers_and_codes_are_known_to_be_in_no_vocabulary_without_their_stems() -> None:
+    known = vocabulary("red noise")
+    before = stems.cache_info().misses
+    assert not any(known.spreads(" ".join(f"{n} QX{n} 9{n}-{n}" for n in range(70_000, 70_100))).values())
+    assert stems.cache_info().misses == before
 
 
 @given(words=st.lists(WORDS, max_size=8), asked=st.text("abcde '1", max_size=40))

@@ -31,7 +31,7 @@ from catalens.domain import (
 )
 from catalens.embedding import CachedEncoder, Tower
 from catalens.errors import NotFound, NotLoaded, Transient
-from catalens.lexical import query_vector, query_words
+from catalens.lexical import Written, query_vector, query_words, vector_of_any
 from catalens.ports import VectorIndex
 from catalens.telemetry import Metrics, stage
 from catalens_query import calibration, facets, fusion
@@ -75,8 +75,10 @@ _MOST_SAMPLES: Final = 16
 """Tenants whose random products are kept."""
 _MOST_WORDS: Final = 32
 """Words of a query that are looked at one by one."""
-_SHORT: Final = 200
-"""Characters of a query that are read within a tenth of a millisecond or two."""
+_COMMON: Final = 20
+"""Products with a number or a letter that make it common; rarer ones are counted."""
+_SHORT: Final = 100
+"""Characters of a query that are read within a millisecond where all of its words are known, mostly a tenth."""
 _CHUNK: Final = 500
 """Products about which the index is asked at once, at most."""
 _LEAST_CHUNK: Final = 50
@@ -292,10 +294,12 @@ class Searcher:
         lost = [] if matched.degraded is None else [matched.degraded]
         sizes = counted = None
         if search.order.group_by == "group_id":
-            sizes = await self._spare("variants", self._sizes(tenant, loaded, matched.where), due, lost)
+            sizes = await self._spare("variants", lambda: self._sizes(tenant, loaded, matched.where), due, lost)
         if search.facets:
             asked = replace(search, words=matched.words.read)
-            counted = await self._spare("facets", self._count(tenant, asked, matched.where, matched.legs), due, lost)
+            counted = await self._spare(
+                "facets", lambda: self._count(tenant, asked, matched.where, matched.legs), due, lost
+            )
         self._metrics.searches.labels(matched.mode, str(matched.degraded is not None).lower()).inc()
         return Found(
             _page(loaded, matched.ranking, sizes, search),
@@ -357,22 +361,24 @@ class Searcher:
         )
 
     async def _words(self, tenant: str, search: Search) -> _Words:
-        words, vocabulary = search.words, self._vocabularies.of(tenant) if search.correct else None
+        words, vocabulary = search.words, self._vocabularies.of(tenant)
         short = sum(len(term.text) for term in words) <= _SHORT  # a thread would cost more than it saves
         if short and (vocabulary is None or all(vocabulary.covers(term.text) for term in words)):
-            return _read(words, vocabulary, self._languages)
-        return await asyncio.to_thread(_read, words, vocabulary, self._languages)
+            return _read(words, vocabulary, self._languages, correct=search.correct)
+        return await asyncio.to_thread(_read, words, vocabulary, self._languages, correct=search.correct)
 
     async def _known(self, tenant: str, words: _Words) -> float:
         """Return the share of the wanted words that the catalogue has, above 0; of those not read the index knows."""
         vocabulary = self._vocabularies.of(tenant)
-        unread = [word for word, spread in words.spreads.items() if not spread][:_MOST_WORDS]
-        if vocabulary is None or not unread:
+        if vocabulary is None or not words.unread:
             return 1.0
-        legs = [Leg("lexical", query_vector(word, self._languages), 1) for word in unread]
+        legs = [Leg("lexical", vector, _COMMON) for vector in words.unread.values()]
         answers = await self._index.search(tenant, legs, Filter())
-        newer = {word: 1 for word, hits in zip(unread, answers, strict=True) if hits}
-        return vocabulary.share_known({**words.spreads, **newer})
+        spreads = dict(words.spreads)
+        for word, hits in zip(words.unread, answers, strict=True):
+            common = len(hits) == _COMMON and not word.spelt
+            spreads[word] = vocabulary.products if common else len(hits)  # what is common says next to nothing
+        return vocabulary.share_known(spreads)
 
     @property
     def _present(self) -> CachedEncoder:
@@ -394,14 +400,20 @@ class Searcher:
             async with asyncio.timeout_at(due):
                 yield
         except TimeoutError as error:
-            raise Transient(f"the search took longer than {self._patience:g} s") from error
+            raise self._late() from error
 
-    async def _spare(self, what: str, work: Awaitable[T], due: float, lost: list[str]) -> T | None:
+    def _late(self) -> Transient:
+        return Transient(f"the search took longer than {self._patience:g} s")
+
+    async def _spare(self, what: str, work: Callable[[], Awaitable[T]], due: float, lost: list[str]) -> T | None:
         """Return what an answer can do without; None where it is late or the index is away, and `lost` says why."""
         try:
+            if asyncio.get_running_loop().time() >= due:  # else the index would be given work before the first pause
+                raise self._late()
             async with self._search_in_time(due):
-                return await work
+                return await work()
         except Transient as error:
+            self._metrics.search_incomplete.labels(what).inc()
             log.warning("search.incomplete", without=what, error=str(error))
             lost.append(f"without {what}: {error}")
             return None
@@ -696,8 +708,10 @@ class _Words:
     read: tuple[Term, ...]
     """With the likeliest correction of each that seemed misspelt."""
     corrected: str | None = None
-    spreads: Mapping[str, int] = field(default_factory=dict)
-    """How many products have each word that is wanted, as it was read."""
+    spreads: Mapping[Written, int] = field(default_factory=dict)
+    """How many products had each word that is wanted, as it was read."""
+    unread: Mapping[Written, SparseVector] = field(default_factory=dict)
+    """Those that none had, each as the index is asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -712,24 +726,37 @@ class _Matched:
     ranking: _Ranking
 
 
-def _read(words: tuple[Term, ...], vocabulary: Vocabulary | None, languages: tuple[Language, ...]) -> _Words:
-    """Return the words with what may have been meant by those that the catalogue does not know."""
-    readings = [None if vocabulary is None else read(one.text, vocabulary) for one in words]
+def _read(
+    words: tuple[Term, ...], vocabulary: Vocabulary | None, languages: tuple[Language, ...], *, correct: bool
+) -> _Words:
+    """Return the words with what may, if `correct`, have been meant by those that the catalogue does not know."""
+    readings = [read(one.text, vocabulary) if vocabulary is not None and correct else None for one in words]
     vector = _lexical(words, readings, languages)
     if not any(readings):
-        return _Words(vector, words, spreads=_spreads(words, vocabulary))
+        return _Words(vector, words, None, *_spreads(words, vocabulary))
     read_as = tuple(
         one if reading is None else replace(one, text=reading.text)
         for one, reading in zip(words, readings, strict=True)
     )
     corrected = " ".join(one.text for one in read_as if one.weight > 0)
     changed = any(reading is not None and one.weight > 0 for one, reading in zip(words, readings, strict=True))
-    return _Words(vector, read_as, corrected if changed else None, _spreads(read_as, vocabulary))
+    return _Words(vector, read_as, corrected if changed else None, *_spreads(read_as, vocabulary))
 
 
-def _spreads(words: tuple[Term, ...], vocabulary: Vocabulary | None) -> dict[str, int]:
-    wanted = " ".join(one.text for one in words if one.weight > 0)
-    return {} if vocabulary is None else vocabulary.spreads(wanted)
+def _spreads(
+    words: tuple[Term, ...], vocabulary: Vocabulary | None
+) -> tuple[dict[Written, int], dict[Written, SparseVector]]:
+    """Return how many products had each wanted word, and how to ask for those that none had: the first of too many."""
+    if vocabulary is None:
+        return {}, {}
+    spreads = vocabulary.spreads(" ".join(one.text for one in words if one.weight > 0))
+    unread = [word for word, spread in spreads.items() if not spread]
+    for word in unread[_MOST_WORDS:]:
+        del spreads[word]
+    asked = {
+        word: vector_of_any(vocabulary.lacks(word), word.chunk, vocabulary.languages) for word in unread[:_MOST_WORDS]
+    }
+    return spreads, asked
 
 
 def _lexical(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 import numpy as np
 
 from catalens.domain import Language, Product, category_prefixes
-from catalens.lexical import DESCRIPTION, fields, fold, runs, stems, stop_words, words_of
+from catalens.lexical import DESCRIPTION, Written, fields, fold, runs, stems, stop_words, words_of, written
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,7 +118,7 @@ class Vocabulary:
         products: int,
     ) -> None:
         self.languages = languages
-        self._products = products
+        self.products = products
         self._words = sorted(counts)
         self._counts = np.array([counts[word] for word in self._words], np.int32)
         self._names = np.array([names[word] for word in self._words], np.int32)
@@ -139,15 +139,22 @@ class Vocabulary:
         """True if the catalogue has the word (folded), or one of the same stem."""
         return self._spread(word) > 0
 
-    def spreads(self, text: str) -> dict[str, int]:
-        """Return for each word of `text` that says something how many products have it, by its stem at least; 0: none.
+    def spreads(self, text: str) -> dict[Written, int]:
+        """Return for each written word of `text` that says something how many products have it; 0: none.
 
-        Codes are in no vocabulary, nor is what is newer than the reading.
+        By its stem at least, and in whichever way most products have it. Codes, numbers and letters are in no
+        vocabulary, nor is what is newer than the reading.
         """
-        silent = stop_words(self.languages)
-        return {word: self._spread(fold(word)) for word in words_of(text, self.languages) if word not in silent}
+        return {
+            word: max(min(self._spread(fold(one)) for one in way) for way in word.ways)
+            for word in written(text, self.languages)
+        }
 
-    def share_known(self, spreads: Mapping[str, int]) -> float:
+    def lacks(self, word: Written) -> list[str]:
+        """Return what no product had at the reading, of all that the word may be looked up as."""
+        return [one for way in word.ways for one in way if not self._spread(fold(one))]
+
+    def share_known(self, spreads: Mapping[Written, int]) -> float:
         """Return which share of what these words say the catalogue has words for; 1 where it has none of them.
 
         A word says the more the fewer products have it, as in BM25.
@@ -157,8 +164,9 @@ class Vocabulary:
         return known / (known + unknown) if known else 1.0
 
     def covers(self, text: str) -> bool:
-        """True if every word of `text` that is long enough to be corrected is known as it is written."""
-        return all(len(run) < SHORTEST or run in self for run in runs(text))
+        """True if no word of `text` takes its stem to be known or unknown: then it is read in no time."""
+        words = (one for word in written(text, self.languages) for way in word.ways for one in way)
+        return all(fold(one) in self or not _is_letters(one) for one in words)
 
     def count(self, word: str) -> int:
         """Return in how many products the word is, descriptions aside."""
@@ -211,6 +219,8 @@ class Vocabulary:
 
     def _spread(self, word: str) -> int:
         """Return how many products have the word or, if none, the most frequent of the same stem; 0 for an unknown."""
+        if not _is_letters(word):  # never kept, and stems cost more than to look
+            return 0
         at = bisect_left(self._words, word)
         if at < len(self._words) and self._words[at] == word:
             return int(self._counts[at])
@@ -221,7 +231,7 @@ class Vocabulary:
         )
 
     def _says(self, spread: int) -> float:
-        return math.log1p((max(self._products, spread) - spread + 0.5) / (spread + 0.5))
+        return math.log1p((max(self.products, spread) - spread + 0.5) / (spread + 0.5))
 
     def _beginning(self, stem: str) -> list[int]:
         at = bisect_left(self._words, stem)
@@ -294,8 +304,12 @@ def read(text: str, vocabulary: Vocabulary) -> Reading | None:
     return Reading(_CHUNK.sub(chunk, text), meant)
 
 
+def _is_letters(word: str) -> bool:
+    return len(word) > 1 and word.isalpha()
+
+
 def _is_word(word: str) -> bool:
-    return 2 <= len(word) <= LONGEST and word.isalpha()
+    return len(word) <= LONGEST and _is_letters(word)
 
 
 def _keep(counter: Counter[str] | Counter[tuple[LabelKind, str]], most: int) -> None:
