@@ -1,18 +1,26 @@
-"""The embedded index counts by columns: read once, kept by every write, and never at the price of another call."""
+"""The embedded index counts by columns: read once, kept by every write, and between other calls."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import json
+import pickle
 import random
+import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from tests import naive
 from tests.broken_worker import broken_worker
 
 from catalens.domain import (
+    POINT_NAMESPACE,
     Condition,
     Deletion,
     FacetKey,
@@ -25,7 +33,10 @@ from catalens.domain import (
     Range,
     TombstoneWrite,
 )
+from catalens.engines import edge_worker
 from catalens.engines.edge import EdgeIndex
+from catalens.engines.points import facet_field
+from catalens.engines.rules import short_key
 from catalens.errors import NoFacet
 
 SPEC = ModelSpec(id="test", revision="1", family="test", dimension=4, fingerprint="f" * 64)
@@ -106,11 +117,11 @@ class Shelf:
 
 
 async def test_counts_are_right_while_columns_are_read_and_products_written(tmp_path: Path) -> None:
-    # Two points at a time, and only when asked.
-    idle = "self._read_on(self._reading)\n            due"
+    # Two points before each call, and none else.
     async with (
-        broken_worker(tmp_path, "READ: Final = 2000", "READ: Final = 2"),
-        broken_worker(tmp_path, idle, "pass\n            due"),
+        broken_worker(tmp_path, "READ: Final = 100", "READ: Final = 2"),
+        broken_worker(tmp_path, "STEP: Final = 0.01", "STEP: Final = 0.0"),
+        broken_worker(tmp_path, "if not called or now >= self._read_again:", "if called:"),
     ):
         index = await EdgeIndex.open(tmp_path / "index", SPEC)
     shelf = Shelf(index)
@@ -124,8 +135,10 @@ async def test_counts_are_right_while_columns_are_read_and_products_written(tmp_
     for _ in range(20):
         await shelf.write(3)
     assert not reading[-1].done(), "no write waits until the columns are read"
-    await asyncio.gather(*reading)
-    await shelf.check()
+    wanted = asyncio.gather(shelf.check(), *reading)
+    while not wanted.done():
+        await index.counts("shop")
+    await wanted
     for _ in range(30):
         await shelf.write(5)
         await shelf.check(WHERES[1:2])
@@ -160,7 +173,7 @@ async def test_a_damaged_memory_of_columns_costs_only_time(tmp_path: Path, conte
 
 
 async def test_a_filter_beyond_the_columns_is_left_to_the_engine(tmp_path: Path) -> None:
-    async with broken_worker(tmp_path, "MAX_FILTERED: Final = 32", "MAX_FILTERED: Final = 0"):
+    async with broken_worker(tmp_path, "MAX_FILTERED: Final = 64", "MAX_FILTERED: Final = 0"):
         shelf = Shelf(await EdgeIndex.open(tmp_path / "index", SPEC))
     for _ in range(12):
         await shelf.write(8)
@@ -171,23 +184,120 @@ async def test_a_filter_beyond_the_columns_is_left_to_the_engine(tmp_path: Path)
 async def test_no_more_fields_than_the_limit_are_counted(tmp_path: Path) -> None:
     async with broken_worker(tmp_path, "MAX_COLUMNS: Final = 100", "MAX_COLUMNS: Final = 2"):
         index = await EdgeIndex.open(tmp_path / "index", SPEC)
-    product = Product(product_id="p", name="n", version=1, brand="B", locale="en", group_id="g")
+    product = Product(product_id="p", name="n", version=1, brand="B", attributes={"a": "1", "b": "2", "c": "3"})
     await index.upsert([IndexDocument("shop", product, "none")])
-    two: list[tuple[FacetKey, Filter]] = [("brand", Filter()), ("locale", Filter())]
-    assert await index.facet("shop", two, 5) == [[("B", 1)], [("en", 1)]]
-    with pytest.raises(NoFacet, match="2 other fields"):
-        await index.facet("shop", [("group_id", Filter())], 5)
-    assert await index.facet("shop", two, 5) == [[("B", 1)], [("en", 1)]]
+    two: list[tuple[FacetKey, Filter]] = [("attributes.a", Filter()), ("attributes.b", Filter())]
+    assert await index.facet("shop", two, 5) == [[("1", 1)], [("2", 1)]]
+    with pytest.raises(NoFacet, match="2 other attributes"):
+        await index.facet("shop", [("attributes.c", Filter())], 5)
+    assert await index.facet("shop", [*two, ("brand", Filter())], 5) == [[("1", 1)], [("2", 1)], [("B", 1)]]
     await index.close()
 
 
+@pytest.mark.parametrize(("numbers", "kept"), [("64", True), ("0", False)])
+async def test_what_every_product_may_have_is_always_worth_a_column(tmp_path: Path, numbers: str, kept: bool) -> None:
+    folder = tmp_path / "index"
+    async with (
+        broken_worker(tmp_path, "MAX_FILTERED: Final = 64", "MAX_FILTERED: Final = 0"),
+        broken_worker(tmp_path, "MAX_NUMBER_INDEXES: Final = 64", f"MAX_NUMBER_INDEXES: Final = {numbers}"),
+    ):
+        shelf = Shelf(await EdgeIndex.open(folder, SPEC))
+    for _ in range(12):
+        await shelf.write(8)
+    await shelf.index.facet("shop", [("in_stock", where) for where in WHERES], 5)
+    always = {"in_stock", "offer.price", facet_field("brand"), facet_field("group_id")}
+    size = {f"numbers.{short_key('size')}"} if kept else set()
+    assert set(json.loads((folder / "columns.json").read_bytes())) == always | size
+    await shelf.index.close()
+
+
 async def test_columns_are_read_on_when_nobody_waits_for_them(tmp_path: Path) -> None:
-    async with broken_worker(tmp_path, "READ: Final = 2000", "READ: Final = 2"):
+    async with broken_worker(tmp_path, "READ: Final = 100", "READ: Final = 2"):
         shelf = Shelf(await EdgeIndex.open(tmp_path / "index", SPEC))
     for _ in range(12):
         await shelf.write(8)
-    assert await shelf.index._call("facet", "shop", [([], [])], [("in_stock", 0)], 5) is None
+    gone = asyncio.create_task(shelf.index.facet("shop", [("in_stock", Filter())], 5), name="facet")
+    await shelf.index.counts("shop")  # which is asked after it
+    gone.cancel()
     while not (tmp_path / "index" / "columns.json").exists():
         await asyncio.sleep(0.001)
     assert await shelf.index._call("facet", "shop", [([], [])], [("in_stock", 0)], 5) is not None
     await shelf.index.close()
+
+
+@pytest.mark.parametrize("name", ["columns.tmp", "columns.json"])
+async def test_what_cannot_be_noted_is_counted_all_the_same(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "index"
+    (folder / name).mkdir(parents=True)
+    with structlog.testing.capture_logs() as logs:
+        shelf = Shelf(await EdgeIndex.open(folder, SPEC))
+        for _ in range(3):
+            await shelf.write(8)
+        await shelf.check()
+        await shelf.index.close()
+    warnings = [entry for entry in logs if entry["log_level"] != "info"]
+    assert warnings
+    assert {entry["event"] for entry in warnings} == {"index.columns_not_noted"}
+
+
+async def test_true_and_one_are_two_conditions(tmp_path: Path) -> None:
+    index = await EdgeIndex.open(tmp_path / "index", SPEC)
+    made = [
+        Product(product_id=f"p{number}", name="n", version=1, brand=f"B{number}", attributes={"flag": flag})
+        for number, flag in enumerate([True, 1, 1.0])
+    ]
+    await index.upsert([IndexDocument("shop", product, "none") for product in made])
+    wheres = [Filter((Condition("attributes.flag", (flag,)),)) for flag in (True, 1)]
+    assert await index.count("shop", wheres) == [1, 2]
+    counted = await index.facet("shop", [("brand", where) for where in wheres], 5)
+    assert counted == [[("B0", 1)], [("B1", 1), ("B2", 1)]]
+    assert await index.count("shop", wheres) == [1, 2], "by columns"
+    await index.close()
+
+
+@pytest.mark.parametrize(
+    ("step", "rest", "counts"),
+    [
+        pytest.param(0.0, 1e12, None, id="calls that wait go first"),
+        pytest.param(0.0, 0.0, 30, id="a column is read however many calls wait"),
+        pytest.param(1e12, 0.0, 0, id="a step ends by its time"),
+    ],
+)
+async def test_calls_that_wait_are_answered_between_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float, rest: float, counts: int | None
+) -> None:
+    index = await EdgeIndex.open(tmp_path / "index", SPEC)
+    made = [Product(product_id=f"p{number}", name="n", version=1, brand="B") for number in range(60)]
+    await index.upsert([IndexDocument("shop", product, "none") for product in made])
+    await index.close()
+    for name, value in (("READ", 2), ("STEP", step), ("READ_REST", rest)):
+        monkeypatch.setattr(edge_worker, name, value)
+    facet, calls = 1, range(2, 50)
+    asked: list[tuple[str, tuple[object, ...]]] = [
+        ("open", (str(tmp_path / "index"), asdict(SPEC), POINT_NAMESPACE.bytes, 1_000_000)),
+        ("facet", ("shop", [([], [])], [(facet_field("brand"), 0)], 5)),
+        *(("counts", ("shop",)) for _ in calls),
+        ("close", ()),
+    ]
+    answered = [number for number, _, _ in await asyncio.to_thread(conversation, asked)]
+    assert [number for number in answered if number != facet] == [0, *calls, len(asked) - 1]
+    # Before the second call the first step is done, before each other one the next.
+    assert (answered.index(facet) - 1 if facet in answered else None) == counts
+
+
+def conversation(asked: Sequence[tuple[str, tuple[object, ...]]]) -> list[tuple[int, str, Any]]:
+    """Return what is answered, in that order, to calls that wait all at once: so no step is between two of them that
+    finds nobody waiting."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for number, (method, arguments) in enumerate(asked):
+            body = pickle.dumps((number, method, arguments))
+            ours.sendall(edge_worker.LENGTH.pack(len(body)) + body)
+        edge_worker.serve(theirs)
+        gc.unfreeze()
+        theirs.close()
+        answers = []
+        with contextlib.suppress(EOFError):
+            while True:
+                answers.append(edge_worker._receive(ours))
+        return answers

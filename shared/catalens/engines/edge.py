@@ -25,7 +25,6 @@ import structlog
 
 from catalens.domain import (
     POINT_NAMESPACE,
-    Condition,
     FacetCount,
     FacetKey,
     Facts,
@@ -47,8 +46,9 @@ from catalens.domain import (
 )
 from catalens.engines.points import (
     NUMBERS,
-    Primitive,
+    Clauses,
     content_item,
+    distinct,
     facet_field,
     facet_value,
     image_item,
@@ -156,7 +156,7 @@ class EdgeIndex:
 
     async def count(self, tenant: str, wheres: Sequence[Filter]) -> Sequence[int]:
         """See the port."""
-        clauses: dict[Condition, list[Primitive]] = {}  # what filters have in common is said, and answered, once
+        clauses: Clauses = {}  # what filters have in common is said, and answered, once
         plain = [plain_filter(tenant, where, clauses) for where in wheres]
         counts: list[int] = await self._call("count", tenant, plain)
         return counts
@@ -165,10 +165,11 @@ class EdgeIndex:
         self, tenant: str, asked: Sequence[tuple[FacetKey, Filter]], limit: int
     ) -> Sequence[Sequence[FacetCount]]:
         """See the port."""
-        wheres = list(dict.fromkeys(where for _, where in asked))  # few, and one may name thousands of products
-        clauses: dict[Condition, list[Primitive]] = {}
-        filters = [plain_filter(tenant, where, clauses) for where in wheres]
-        keys = [(facet_field(key), wheres.index(where)) for key, where in asked]
+        wheres = {distinct(where): where for _, where in asked}  # few, and one may name thousands of products
+        number_of = {where: number for number, where in enumerate(wheres)}
+        clauses: Clauses = {}
+        filters = [plain_filter(tenant, where, clauses) for where in wheres.values()]
+        keys = [(facet_field(key), number_of[distinct(where)]) for key, where in asked]
         answer = await self._told("facet", tenant, filters, keys, limit)
         return [
             [(facet_value(key, value), count) for value, count in counts]
@@ -224,7 +225,7 @@ class EdgeIndex:
         return outcomes
 
     async def _told(self, method: str, *arguments: object) -> Any:  # what the process answers
-        """Ask until there is an answer: each time, the process reads a little of what it needs to know for it."""
+        """Ask until there is an answer: the process says "again" when it has read what it needs to know for one."""
         while (answer := await self._call(method, *arguments)) is None:
             pass
         return answer
@@ -347,7 +348,7 @@ class _Engine:
                 answer = self._calls.get(number)  # None: the caller went away
                 if answer is None or answer.done():
                     continue
-                if kind == "ok":
+                if kind in ("ok", "again"):
                     answer.set_result(value)
                 else:
                     answer.set_exception(_ERRORS[kind](value))

@@ -79,13 +79,17 @@ LOCK_PATIENCE: Final = 3.0
 MAX_NUMBER_INDEXES: Final = 64
 """Numeric attributes that get an index of their own; what is asked beyond is scanned."""
 MAX_COLUMNS: Final = 100
-"""Fields whose values can be counted."""
-MAX_FILTERED: Final = 32
-"""Columns from which on no filter makes another one, but is left to the engine."""
+"""Attributes and tags whose values can be counted; what every product may have is always."""
+MAX_FILTERED: Final = 64
+"""The same, from which on no filter makes another column, but is left to the engine."""
 MAX_FACET_KEYS: Final = 1000
 """Fields of which it is remembered that some product has them: no column is read for what nobody has."""
-READ: Final = 2000
-"""Points that are read into new columns at a time, while calls wait."""
+READ: Final = 100
+"""Points that are read into new columns at once."""
+STEP: Final = 0.01
+"""Seconds until what is being read looks whether a call waits."""
+READ_REST: Final = 1
+"""While calls wait, columns are read at most 1 / (1 + READ_REST) of the time."""
 MARKER: Final = UUID(int=0)
 """The point that counts write batches; compared at start with the count that was acknowledged."""
 
@@ -126,6 +130,10 @@ class Refusal(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class Unread(Exception):
+    """What is asked for is being read: ask again when nothing is."""
 
 
 @dataclass(slots=True)
@@ -246,6 +254,8 @@ class Store:
         self._columns = set(_remembered(folder / COLUMNS))
         """The columns that are whole."""
         self._reading: Reading | None = None
+        self._read_again = 0.0
+        """When calls have waited long enough for reading to go on before them."""
         self.directory = Directory(self._scan(), sorted(self._columns))
         self._acknowledged = os.open(folder / "acknowledged", os.O_RDWR | os.O_CREAT, 0o644)
         acknowledged = int.from_bytes(os.pread(self._acknowledged, 8, 0), "little")
@@ -414,28 +424,28 @@ class Store:
 
     def facet(
         self, tenant: str, wheres: Sequence[Plain], asked: Sequence[tuple[str, int]], limit: int
-    ) -> list[list[tuple[Any, int]]] | None:
+    ) -> list[list[tuple[Any, int]]]:
         """Return, per payload key, its most frequent values under the filter of that number, and how many have each.
 
-        None: ask again, there is more to read first.
+        Raises Unread.
         """
         if self._facets is None and _any_facet(key for key, _ in asked):
             raise Refusal("facet", f"this index was made before values could be counted: {WAY_OUT}")
         wanted = {key for key, _ in asked if self._somebody_has(key)}
-        if len(self._columns | wanted) > MAX_COLUMNS and not wanted <= self._columns:
-            raise Refusal("facet", f"{MAX_COLUMNS} other fields are counted already, and that is the most")
-        if not self._read(wanted.union(*map(self._worth_a_column, wheres))):
-            return None
+        if len(_limited(self._columns | wanted)) > MAX_COLUMNS and not _limited(wanted) <= self._columns:
+            raise Refusal("facet", f"{MAX_COLUMNS} other attributes and tags are counted already, and that is the most")
+        self._need(wanted.union(*map(self._worth_a_column, wheres)))
         masks: dict[int, columns.Mask] = {}
         under = [self._under(tenant, where, masks) for where in wheres]
         table = self.directory.tenants[tenant].table if tenant in self.directory.tenants else columns.Table()
         return [table.most_frequent(key, under[number], limit) for key, number in asked]
 
-    def extremes(self, tenant: str, key: str, where: Plain) -> list[float] | None:
-        """Return the smallest and the largest number of `key` under the filter, nothing if there is none; None: ask
-        again, as for `facet`."""
-        if not self._read({key} | self._worth_a_column(where)):
-            return None
+    def extremes(self, tenant: str, key: str, where: Plain) -> list[float]:
+        """Return the smallest and the largest number of `key` under the filter, nothing if there is none.
+
+        Raises Unread.
+        """
+        self._need({key} | self._worth_a_column(where))
         if tenant not in self.directory.tenants:
             return []
         return self.directory.tenants[tenant].table.extremes(key, self._under(tenant, where, {}))
@@ -511,14 +521,15 @@ class Store:
 
     # --- the graph: built in a copy of the shard, which then takes the shard's place (docs/adr/0019) ------------
 
-    def tend(self) -> float | None:
-        """Do a step of what is due while no call is waiting; return the seconds until more is, None if nothing is."""
+    def tend(self, *, called: bool) -> float | None:
+        """Do a step of what is due; return the seconds until more is, None if nothing is. `called`: a call waits."""
         now = time.monotonic()
         if self.dirty_since is not None and now >= self.dirty_since + FLUSH_EVERY:
             self.flush()
         due = [self.dirty_since + FLUSH_EVERY] if self.dirty_since is not None else []
         if self._reading is not None:  # who asked may have gone away, but somebody will ask again
-            self._read_on(self._reading)
+            if not called or now >= self._read_again:
+                self._read_on(self._reading)
             due.append(now)
         if self._optimising is not None:
             if self._step(self._optimising):
@@ -533,6 +544,11 @@ class Store:
     def news(self) -> list[int]:
         """What tells that `tend` has something to do before its time."""
         return [] if self._optimising is None or self._optimising.ended else [self._optimising.output]
+
+    @property
+    def reads(self) -> bool:
+        """Whether columns are being read, and who was told Unread waits."""
+        return self._reading is not None
 
     @property
     def _has_graph(self) -> bool:
@@ -648,35 +664,50 @@ class Store:
         return {key for key in keys if self._somebody_has(key)}
 
     def _worth_a_column(self, where: Plain) -> set[str]:
-        """Return the columns of `where`, if there is room for them and every product has what belongs there."""
+        """Return the columns of `where` that it may have read: of attributes and tags, and of numbers, if there is
+        room for them, and of values only where every product has what belongs there."""
         keys = self._columns_of(where)
-        if len(self._columns | keys) > MAX_FILTERED or (self._facets is None and _any_facet(keys)):
-            return keys & self._columns
+        values, numbers = _limited(keys), _attribute_numbers(keys)
+        if len(_limited(self._columns) | values) > MAX_FILTERED:
+            keys -= values - self._columns
+        if len(_attribute_numbers(self._columns) | numbers) > MAX_NUMBER_INDEXES:
+            keys -= numbers - self._columns
+        if self._facets is None:
+            keys = {key for key in keys if key in self._columns or not _any_facet([key])}
         return keys
 
-    def _read(self, keys: set[str]) -> bool:
-        """Read some of the points for the columns that are missing; return whether none is."""
+    def _need(self, keys: set[str]) -> None:
+        """Return if there are these columns; else raise Unread, and `tend` reads them."""
         if keys <= self._columns:
-            return True
+            return
         if self._reading is None:
             self._reading = Reading(sorted(keys - self._columns))
             self.directory.keys += self._reading.keys
-        self._read_on(self._reading)
-        return keys <= self._columns
+        raise Unread
 
     def _read_on(self, work: Reading) -> None:
+        """Read points until all are, or a STEP is over."""
         directory = self.directory
-        request = edge.ScrollRequest(offset=work.offset, limit=READ, with_payload=work.keys, with_vector=False)
-        records, work.offset = self._shard.scroll(request)
-        for record in records:
-            point = _uuid(record.id)
-            entry = directory.entries.get(point)
-            if entry is not None and entry.state == "live" and point not in work.written:
-                directory.tenants[entry.tenant].table.add(entry.slot, record.payload or {}, work.keys)
+        began = time.monotonic()
+        while True:
+            request = edge.ScrollRequest(offset=work.offset, limit=READ, with_payload=work.keys, with_vector=False)
+            records, work.offset = self._shard.scroll(request)
+            for record in records:
+                point = _uuid(record.id)
+                entry = directory.entries.get(point)
+                if entry is not None and entry.state == "live" and point not in work.written:
+                    directory.tenants[entry.tenant].table.add(entry.slot, record.payload or {}, work.keys)
+            now = time.monotonic()
+            if work.offset is None or now >= began + STEP:
+                break
+        self._read_again = now + READ_REST * (now - began)
         if work.offset is None:
             self._reading = None
             self._columns.update(work.keys)
-            _remember(self._folder / COLUMNS, self._columns)
+            try:
+                _remember(self._folder / COLUMNS, self._columns)
+            except OSError as error:  # the next process reads them when they are asked for
+                self._say("warning", "index.columns_not_noted", error=str(error))
 
     def _under(self, tenant: str, where: Plain, masks: dict[int, columns.Mask]) -> columns.Mask:
         """Return which live products are under `where`; `masks` are those of clauses, by identity, for other calls."""
@@ -903,9 +934,9 @@ def _remembered(path: Path) -> list[str]:
     """Return the columns to begin with; only time is lost where the file says none."""
     try:
         said = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return []
-    return [key for key in said if isinstance(key, str)][:MAX_COLUMNS] if isinstance(said, list) else []
+    return [key for key in said if isinstance(key, str)][: 2 * MAX_COLUMNS] if isinstance(said, list) else []
 
 
 def _remember(path: Path, keys: Iterable[str]) -> None:
@@ -916,6 +947,20 @@ def _remember(path: Path, keys: Iterable[str]) -> None:
 
 def _any_facet(keys: Iterable[str]) -> bool:
     return any(key.startswith("facets.") for key in keys)
+
+
+def _limited(keys: Iterable[str]) -> set[str]:
+    """Return the columns of attributes' and tags' values, of which there can be any number."""
+    return {key for key in keys if key.startswith("facets.") and key not in _EVERYBODYS}
+
+
+def _attribute_numbers(keys: Iterable[str]) -> set[str]:
+    return {key for key in keys if key.startswith("numbers.")}
+
+
+_EVERYBODYS: Final = frozenset(
+    f"facets.{rules.short_key(name)}" for name in ("brand", "category", "group_id", "locale")
+)
 
 
 @lru_cache(maxsize=4096)
@@ -1098,13 +1143,19 @@ def _send(connection: socket.socket, answer: tuple[int, str, Any]) -> None:
     connection.sendall(LENGTH.pack(len(body)) + body)
 
 
-def _tend_until_called(connection: socket.socket, store: Store) -> None:
-    """Return when a call is waiting; before it, and while none is, do what is due."""
-    while True:
-        seconds = store.tend()
+def _tend_until_called(connection: socket.socket, store: Store, waiting: list[int]) -> None:
+    """Return when a call is there; before it, and while none is, do what is due. Who was `waiting` is told to ask
+    again when what was read is read."""
+    seconds: float | None = 0.0
+    called = False
+    while not called:
         ready, _, _ = select.select([connection.fileno(), *store.news], [], [], seconds)
-        if connection.fileno() in ready:
-            return
+        called = connection.fileno() in ready
+        seconds = store.tend(called=called)
+        if waiting and not store.reads:
+            for number in waiting:
+                _send(connection, (number, "again", None))
+            waiting.clear()
 
 
 def serve(connection: socket.socket) -> None:
@@ -1121,12 +1172,16 @@ def serve(connection: socket.socket) -> None:
         return
     _send(connection, (number, "ok", {"lost_batches": store.lost_batches, "points": len(store.directory.entries)}))
     gc.freeze()  # what is kept of every point is no garbage, and looking through it would stop all calls
+    waiting: list[int] = []
     method = ""
     while method != "close":
-        _tend_until_called(connection, store)
+        _tend_until_called(connection, store, waiting)
         number, method, arguments = _receive(connection)
         try:
             answer = (number, "ok", getattr(store, method)(*arguments))
+        except Unread:
+            waiting.append(number)
+            continue
         except Refusal as refusal:
             answer = (number, refusal.kind, str(refusal))
         except BaseException as error:  # noqa: BLE001  # the engine raises bare Exceptions, its panics are BaseExceptions

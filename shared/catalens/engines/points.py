@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -49,6 +49,8 @@ Primitive: TypeAlias = tuple[str, str, Any]
 """("any", payload key, values) · ("range", payload key, (gte, gt, lte, lt)) · ("points", "", point ids)."""
 PlainFilter: TypeAlias = tuple[list[list[Primitive]], list[Primitive]]
 """AND of ORs of primitives, and primitives of which none may match: what each engine is told in its own words."""
+Clauses: TypeAlias = dict[tuple[Condition, tuple[type, ...]], list[Primitive]]
+"""What conditions are in the engine's words, by the condition and the types of its values, as in `distinct`."""
 Item: TypeAlias = dict[str, Any]
 """A write as the rules (`rules.py`) take it."""
 
@@ -279,7 +281,7 @@ def _vectors(payload: Mapping[str, Any]) -> dict[str, Embedding]:
 # --- filters ------------------------------------------------------------------------------------------------------
 
 
-def plain_filter(tenant: str, where: Filter, clauses: dict[Condition, list[Primitive]] | None = None) -> PlainFilter:
+def plain_filter(tenant: str, where: Filter, clauses: Clauses | None = None) -> PlainFilter:
     """Return `where` in the few words that every engine has; `clauses` are shared by filters of equal conditions.
 
     A value of the wrong type for its key (a number for a brand) matches nothing; a key that no product can have is a
@@ -290,11 +292,21 @@ def plain_filter(tenant: str, where: Filter, clauses: dict[Condition, list[Primi
         none_of.append(_points(tenant, where.exclude))
     if where.without_groups:
         none_of.append(("any", "terms", [_term("group_id", group) for group in where.without_groups]))
-    known = {} if clauses is None else clauses
-    for condition in where.conditions:
-        if condition not in known:
-            known[condition] = _clause(tenant, condition)
-    return [known[condition] for condition in where.conditions], none_of
+    known: Clauses = {} if clauses is None else clauses
+    keys = [(condition, _types(condition)) for condition in where.conditions]
+    for key in keys:
+        if key not in known:
+            known[key] = _clause(tenant, key[0])
+    return [known[key] for key in keys], none_of
+
+
+def distinct(where: Filter) -> Hashable:
+    """Return what filters that mean the same have in common: to Python alone, True and 1 are equal."""
+    return where, tuple(map(_types, where.conditions))
+
+
+def _types(condition: Condition) -> tuple[type, ...]:
+    return tuple(map(type, condition.any_of))
 
 
 def _clause(tenant: str, condition: Condition) -> list[Primitive]:
