@@ -194,9 +194,11 @@ async def test_what_the_catalogue_writes_in_another_way_is_known(tmp_path: Path)
             "blue shampoo 500 ml",
             "2 blue routers",
             f"blue {' '.join(map(str, range(100, 130)))} 500ml 2 8 m",  # more than are asked for
+            "RX-9999 blue",  # nobody has the code, and no vector knows it
+            "blue RX-1002 497555",
         ):
             assert await weight(shop, query) == pytest.approx(whole), query
-        assert await weight(shop, "RX-9999 blue") < whole
+        assert await weight(shop, "jaune blue") < whole
         # A number that is everywhere says nothing, so two words that nobody has leave next to nothing of the list.
         only = {"product_id": list(names)}
         assert await weight(shop, "2 jaune vert", filters=only) < 0.01

@@ -190,6 +190,7 @@ def test_how_much_of_a_query_the_catalogue_knows() -> None:
     assert share("the red shirts") == share("l’echarpe brodé") == 1.0
     assert 0 < share("red zzzz") < share("shirt zzzz") < 0.5
     assert share("red shirt zzzz") > share("shirt zzzz yyyy")
+    assert share("red shirt XJ-9 4711") == 1.0  # codes that nobody has are nothing that vectors know
     assert share("zzzz") == share("") == 1.0  # what is found all the same is newer than the words
 
 

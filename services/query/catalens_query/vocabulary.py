@@ -157,10 +157,11 @@ class Vocabulary:
     def share_known(self, spreads: Mapping[Written, int]) -> float:
         """Return which share of what these words say the catalogue has words for; 1 where it has none of them.
 
-        A word says the more the fewer products have it, as in BM25.
+        A word says the more the fewer products have it, as in BM25. A code or a number that nobody has is left out: the
+        vectors know nothing of it either, so it is no reason to believe them more.
         """
         known = sum(self._says(spread) for spread in spreads.values() if spread)
-        unknown = sum(self._says(0) for spread in spreads.values() if not spread)
+        unknown = sum(self._says(0) for word, spread in spreads.items() if not spread and word.spelt)
         return known / (known + unknown) if known else 1.0
 
     def covers(self, text: str) -> bool:
