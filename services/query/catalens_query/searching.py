@@ -370,8 +370,8 @@ class Searcher:
     async def _known(self, tenant: str, words: _Words) -> float:
         """Return the share of the wanted words that the catalogue has, above 0; of those not read the index knows."""
         vocabulary = self._vocabularies.of(tenant)
-        if vocabulary is None or not words.unread:
-            return 1.0
+        if vocabulary is None or not any(word.spelt for word in words.unread):
+            return 1.0  # codes and numbers that nobody has count for nothing
         legs = [Leg("lexical", vector, _COMMON) for vector in words.unread.values()]
         answers = await self._index.search(tenant, legs, Filter())
         spreads = dict(words.spreads)
