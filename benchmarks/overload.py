@@ -91,8 +91,10 @@ async def _run(server: Standalone, minutes: float, products: int, times: float) 
             pass
         await until_settled(client, report=lambda _: None)
     draw = random.Random(5)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    connector = aiohttp.TCPConnector(limit=MOST_OUTSTANDING, keepalive_timeout=3600)
+    async with aiohttp.ClientSession(connector=connector) as session:
         filled = await _fill(session, server.url)
+        await asyncio.gather(*(_connected(session, server.url) for _ in range(MOST_OUTSTANDING)))
         calm = Seen()
         capacity = await _capacity(session, server.url, calm, lambda: _call(draw, products))
         loud = Seen()
@@ -133,6 +135,12 @@ async def _fill(session: aiohttp.ClientSession, url: str) -> int:
             if answer.status != 200:
                 raise RuntimeError(f"{answer.status}: {await answer.text()}")
     return await _cached(session, url)
+
+
+async def _connected(session: aiohttp.ClientSession, url: str) -> None:
+    """Open a connection: the server keeps some 10 KiB of each, and more would be opened with every peak."""
+    async with session.get(f"{url}/livez") as answer:
+        await answer.read()
 
 
 async def _cached(session: aiohttp.ClientSession, url: str) -> int:
