@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -36,6 +35,7 @@ from pydantic import TypeAdapter, ValidationError
 from catalens import events
 from catalens.domain import IndexInfo, PointState, TopicPartition
 from catalens.engines import EngineRoom
+from catalens.engines.backup import growing_folder
 from catalens.engines.qdrant import QdrantIndex
 from catalens.engines.qdrant_messages import pb
 from catalens.engines.qdrant_wire import Connection, to_payload
@@ -192,7 +192,7 @@ async def take(settings: Settings, nodes: Nodes, folder: Path) -> Taken:
 
     Whole or absent: it grows beside `folder` and takes its name at the end.
     """
-    with _growing(folder) as growing:
+    with growing_folder(folder) as growing:
         async with opened(settings) as (log, indexes, connection):
             info = await indexes.current()
             if info is None:
@@ -221,22 +221,6 @@ async def take(settings: Settings, nodes: Nodes, folder: Path) -> Taken:
         (growing / NOTES).write_bytes(_NOTES.dump_json(taken, indent=2) + b"\n")
     say(f"{folder}: {name} of model {info.model}, about {taken.points:,} points")
     return taken
-
-
-@contextmanager
-def _growing(folder: Path) -> Iterator[Path]:
-    """Yield a folder that becomes `folder` if the block ends well, and is removed if it does not."""
-    if folder.exists():
-        raise Misconfigured(f"{folder} exists: name another folder")
-    growing = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(growing, ignore_errors=True)  # of one that was killed
-    growing.mkdir(parents=True)
-    try:
-        yield growing
-        growing.rename(folder)
-    except BaseException:
-        shutil.rmtree(growing)
-        raise
 
 
 # --- restore ------------------------------------------------------------------------------------------------------

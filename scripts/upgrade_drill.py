@@ -29,21 +29,17 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
+from tests.cluster import Cluster, Service, settled
+from tests.kafka import kafka_missing
+from tests.ledger import Load, differences
+from tests.models import install_models
+
+from catalens import events
+from catalens.ports import EventLog
+from catalens.settings import Settings
+from catalens.telemetry import configure_logging
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tests.cluster import Cluster, Service, settled  # noqa: E402  # needs the path above
-from tests.kafka import kafka_missing  # noqa: E402
-from tests.ledger import Load, differences  # noqa: E402
-from tests.models import install_models  # noqa: E402
-
-from catalens import events  # noqa: E402
-from catalens.ports import EventLog  # noqa: E402
-from catalens.settings import Settings  # noqa: E402
-from catalens.telemetry import configure_logging  # noqa: E402
-
 SOURCES: Final = ("shared", "services/ingest", "services/embedder", "services/query", "services/standalone")
 EVENTS: Final = 60
 """Accepted between any two steps at least."""

@@ -11,6 +11,6 @@ from catalens_embedder import main
 UPSERTED_V2: Final = "catalens.product.upserted.v2"
 
 if __name__ == "__main__":
-    events._MODELS = {**events._MODELS, UPSERTED_V2: Product}  # type: ignore[misc]  # as CONTRIBUTING.md says
+    events._MODELS = {**events._MODELS, UPSERTED_V2: Product}  # type: ignore[misc]  # what a later release adds to events.py
     events._TOPIC_OF = {**events._TOPIC_OF, UPSERTED_V2: events.PRODUCTS}  # type: ignore[misc]  # as above
     main.main()

@@ -64,7 +64,7 @@ def back_up(settings: Settings, target: Path) -> Backup:
         raise Misconfigured("the event log is Kafka, not this folder: see docs/how-to/backup.md for a cluster's backup")
     if not (folder / _LOG).exists():
         raise Misconfigured(f"{folder} has no event log: set CATALENS_DATA_DIR to the folder to back up")
-    with _growing(target) as growing, _lock_if_free(folder) as stopped:
+    with growing_folder(target) as growing, _lock_if_free(folder) as stopped:
         pictures = _copy_pictures(folder / _BLOBS, growing / _BLOBS)
         for name in _DATABASES:
             if (folder / name).exists():
@@ -106,7 +106,7 @@ def restore(source: Path, target: Path) -> Backup:
             _check(source / name)
     # A folder that is there may be a mount: it is filled in place, once everything has been copied into it.
     place = target / "restored" if target.exists() else target
-    with _growing(place) as growing:
+    with growing_folder(place) as growing:
         for path in sorted(source.iterdir()):
             if path.name not in (MANIFEST, _BLOBS):
                 _copy(path, growing / path.name)
@@ -122,7 +122,7 @@ def restore(source: Path, target: Path) -> Backup:
 
 
 @contextmanager
-def _growing(target: Path) -> Iterator[Path]:
+def growing_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that becomes `target`, durably, if the block ends well, and is removed if it does not."""
     if target.exists():
         raise Misconfigured(f"{target} exists: name another folder")

@@ -157,7 +157,7 @@ class TenantView:
     """Product ids of live products, ascending by code point."""
     states: Counter[str] = field(default_factory=Counter)
     pending: int = 0
-    table: columns.Table = field(default_factory=lambda: columns.Table())  # noqa: PLW0108  # `optimise` has none
+    table: columns.Table = field(default_factory=lambda: columns.Table())  # noqa: PLW0108  # `optimise` loads no `columns`
 
 
 class Directory:
