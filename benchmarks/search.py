@@ -109,7 +109,7 @@ async def _index(products: int, queries: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name, structlog.testing.capture_logs() as logs:
         folder = Path(name) / "index"
         # So that it is exact however many there are.
-        index = await EdgeIndex.open(folder, SPEC, graph_from=2**62)
+        index = await EdgeIndex.open(folder, SPEC, graph_from=2**62, answers=0)
         begin = time.perf_counter()
         for batch in _batches(products):
             await index.upsert(batch)
@@ -122,7 +122,7 @@ async def _index(products: int, queries: int) -> list[Row]:
         rows += [{**row, "what": f"exact: {row['what']}"} for row in exact]
         await index.close()
 
-        index = await EdgeIndex.open(folder, SPEC)
+        index = await EdgeIndex.open(folder, SPEC, answers=0)
         if products >= GRAPH_FROM:
             peak = 0.0
             while not any(entry["event"] == "index.optimised" for entry in logs):
@@ -137,7 +137,7 @@ async def _index(products: int, queries: int) -> list[Row]:
             rows.append({"what": "build the graph beside it", "seconds": said["seconds"], "MiB": peak})
             begin = time.perf_counter()
             await index.close()
-            index = await EdgeIndex.open(folder, SPEC)
+            index = await EdgeIndex.open(folder, SPEC, answers=0)
             rows.append({"what": "close and open again", "seconds": time.perf_counter() - begin})
         answered, _ = await _questions(index, texts, truth)
         rows += [{**row, "what": f"embedded index: {row['what']}"} for row in answered]

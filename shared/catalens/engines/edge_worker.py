@@ -65,7 +65,10 @@ FIRST_SHARD: Final = "shard"
 """The folder of the shard until meta.json names another, which is what OPTIMISED folders do."""
 OPTIMISED: Final = 2
 """The format of a folder whose meta.json names the shard; a release that knows FORMAT alone leaves it alone."""
-LENGTH: Final = struct.Struct("<Q")
+CALL: Final = struct.Struct("<Qq")
+"""How many bytes follow, and the number of the call."""
+ANSWER: Final = struct.Struct("<Qq10p")
+"""The same, and the kind of the answer."""
 COLUMNS: Final = "columns.json"
 """The names of the columns that were asked for, so that the next process reads them when it opens the folder."""
 FLUSH_EVERY: Final = 5.0
@@ -1122,9 +1125,11 @@ def _copy(source: str, target: str) -> None:
 # --- the conversation -------------------------------------------------------------------------------------------
 
 
-def _receive(connection: socket.socket) -> Any:
-    (length,) = LENGTH.unpack(_read(connection, LENGTH.size))
-    return pickle.loads(_read(connection, length))  # noqa: S301  # our parent's, over a pair that nobody else holds
+def _receive(connection: socket.socket) -> tuple[int, str, Any]:
+    """Return the number of the call, the method and its arguments."""
+    length, number = CALL.unpack(_read(connection, CALL.size))
+    method, arguments = pickle.loads(_read(connection, length))  # noqa: S301  # our parent's, and nobody else holds it
+    return number, method, arguments
 
 
 def _read(connection: socket.socket, size: int) -> bytearray:
@@ -1138,9 +1143,9 @@ def _read(connection: socket.socket, size: int) -> bytearray:
     return body
 
 
-def _send(connection: socket.socket, answer: tuple[int, str, Any]) -> None:
-    body = pickle.dumps(answer, protocol=5)
-    connection.sendall(LENGTH.pack(len(body)) + body)
+def _send(connection: socket.socket, number: int, kind: str, value: object) -> None:
+    body = pickle.dumps(value, protocol=5)
+    connection.sendall(ANSWER.pack(len(body), number, kind.encode()) + body)
 
 
 def _tend_until_called(connection: socket.socket, store: Store, waiting: list[int]) -> None:
@@ -1154,7 +1159,7 @@ def _tend_until_called(connection: socket.socket, store: Store, waiting: list[in
         seconds = store.tend(called=called)
         if waiting and not store.reads:
             for number in waiting:
-                _send(connection, (number, "again", None))
+                _send(connection, number, "again", None)
             waiting.clear()
 
 
@@ -1163,14 +1168,14 @@ def serve(connection: socket.socket) -> None:
     number, _, (folder, spec, namespace, graph_from) = _receive(connection)
 
     def say(level: str, event: str, **fields: object) -> None:
-        _send(connection, (-1, "log", (level, event, {"folder": folder, **fields})))
+        _send(connection, -1, "log", (level, event, {"folder": folder, **fields}))
 
     try:
         store = Store(Path(folder), spec, namespace, graph_from, say)
     except Refusal as refusal:
-        _send(connection, (number, refusal.kind, str(refusal)))
+        _send(connection, number, refusal.kind, str(refusal))
         return
-    _send(connection, (number, "ok", {"lost_batches": store.lost_batches, "points": len(store.directory.entries)}))
+    _send(connection, number, "ok", {"lost_batches": store.lost_batches, "points": len(store.directory.entries)})
     gc.freeze()  # what is kept of every point is no garbage, and looking through it would stop all calls
     waiting: list[int] = []
     method = ""
@@ -1178,17 +1183,17 @@ def serve(connection: socket.socket) -> None:
         _tend_until_called(connection, store, waiting)
         number, method, arguments = _receive(connection)
         try:
-            answer = (number, "ok", getattr(store, method)(*arguments))
+            kind, value = "ok", getattr(store, method)(*arguments)
         except Unread:
             waiting.append(number)
             continue
         except Refusal as refusal:
-            answer = (number, refusal.kind, str(refusal))
+            kind, value = refusal.kind, str(refusal)
         except BaseException as error:  # noqa: BLE001  # the engine raises bare Exceptions, its panics are BaseExceptions
             # What is on disk and what is in memory may differ now: the next process reads the truth.
-            _send(connection, (number, "transient", f"{method}: {type(error).__name__}: {error}"))
+            _send(connection, number, "transient", f"{method}: {type(error).__name__}: {error}")
             return
-        _send(connection, answer)
+        _send(connection, number, kind, value)
 
 
 if __name__ == "__main__" and sys.argv[1] == "optimise":
