@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 from base64 import b64decode
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -13,6 +15,7 @@ import pytest_asyncio
 from tests.shop import Answer, Shop, open_shop, picture
 
 from catalens.domain import ImageRef, Product, sha256_hex
+from catalens.engines.edge import EdgeIndex
 from catalens_query import service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -203,6 +206,20 @@ async def test_health_and_readiness_tell_a_missing_encoder(shop: Shop) -> None:
     not_ready = await shop.call("GET", "/readyz", wordless=True)
     assert not_ready.status == 503
     assert [error["field"] for error in not_ready.json["errors"]] == ["encoder"]
+
+
+async def test_ready_is_who_is_answered_by_the_index_just_now(shop: Shop) -> None:
+    assert (await shop.call("GET", "/readyz")).status == 200
+    index = shop.engines.index
+    assert isinstance(index, EdgeIndex)
+    process = index._engine._process
+    process.send_signal(signal.SIGSTOP)
+    asking = asyncio.create_task(shop.call("GET", "/readyz"), name="readyz")
+    while not asking.done() and not index._engine._calls:
+        await asyncio.sleep(0)
+    assert index._engine._calls
+    process.send_signal(signal.SIGCONT)
+    assert (await asking).status == 200
 
 
 async def test_stats_count_what_is_searchable(shop: Shop) -> None:
