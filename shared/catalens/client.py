@@ -298,7 +298,8 @@ class CatalensClient:
     """One session with a service, to be used as `async with CatalensClient(url, key) as client`.
 
     What passes (429, 503, a broken connection) is tried again as `retry` says, and not before the service asks for it.
-    That is safe with every call: each reads, or is safe to repeat by itself, or carries an Idempotency-Key.
+    That is safe with every call: each reads, or is safe to repeat by itself, or carries an Idempotency-Key; an import
+    is where its products have a `version`, or nobody else changes them meanwhile.
     Raises Unreachable and Refused, and CatalensError where something else than Catalens answers; never aiohttp's own.
     """
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -18,6 +19,9 @@ from catalens.settings import Settings, load_settings
 from catalens.telemetry import configure_logging
 
 log = structlog.get_logger(__name__)
+
+_M_ARENA_MAX: Final = -8
+"""As malloc.h has it."""
 
 
 @asynccontextmanager
@@ -33,6 +37,17 @@ async def stop_on_signals() -> AsyncIterator[asyncio.Event]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+def one_heap() -> None:
+    """Let all threads of this process allocate from one heap, where the C library is glibc.
+
+    With one for every thread, what a thread let go of served no other: the standalone process grew by a MiB with every
+    11,000 answers, and by a quarter of that with one heap.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def started() -> None:
@@ -76,6 +91,7 @@ def run_service(name: str, serve: Callable[[Settings], Coroutine[Any, Any, None]
 
     What is wrong is one line on stderr.
     """
+    one_heap()
     try:
         settings = load_settings()
         configure_logging(settings)

@@ -122,9 +122,11 @@ def _start(settings: Settings) -> None:
     """Say early what would otherwise fail late."""
     from catalens import tracing
     from catalens.errors import Misconfigured
+    from catalens.lifecycle import one_heap
     from catalens.telemetry import configure_logging
     from catalens_standalone.doctor import port
 
+    one_heap()
     configure_logging(settings)
     tracing.configure(settings)
     free = port(settings.http.host, settings.http.port)
