@@ -4,18 +4,19 @@
 #     make images                     # docs/how-to/docker.md
 #
 # Every package is a locked wheel, so nothing is compiled. The base is pinned by version; `make image-digests` adds the
-# digest that the registry answers with.
-ARG PYTHON=python:3.13.14-slim-trixie
+# digest that the registry answers with. Each image stands behind what it is made from and before what it is not: a
+# builder that carries out all stages above its target installs no torch for a service.
+FROM python:3.13.14-slim-trixie AS python
 
 # A model to bake in: docker build --build-context model=FOLDER --build-arg MODEL=/opt/model. Without it this is empty.
 FROM scratch AS model
 
 # What the images stand on: a good half of the base is of no use to them, and would be in each (docs/adr/0024).
-FROM ${PYTHON} AS base
+FROM python AS base
 COPY deploy/images/lean.sh /opt/lean.sh
 RUN sh /opt/lean.sh
 
-FROM ${PYTHON} AS tools
+FROM python AS tools
 COPY requirements/image-build.txt /src/requirements/
 RUN python -m venv /opt/build \
     && /opt/build/bin/pip install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-build.txt
@@ -29,63 +30,7 @@ COPY services /src/services
 COPY shared /src/shared
 RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels /src
 
-# --- Environments, copied whole into their images: locked packages first, then Catalens itself, then the list of both.
-
-FROM tools AS env-ingest
-COPY requirements/image-ingest.txt /src/requirements/
-RUN python -m venv --without-pip /opt/catalens \
-    && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-ingest.txt
-COPY --from=wheel /wheels /wheels
-# Ingest reads no more of a model than what it calls itself, and is no other service. What compilers and editors read
-# (*.pyi and the like) is of no use in any image.
-RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
-    && for other in embedder query standalone; do rm -r /opt/catalens/lib/python*/site-packages/catalens_$other; done \
-    && rm /opt/catalens/bin/catalens /opt/catalens/bin/catalens-embedder /opt/catalens/bin/catalens-query \
-    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
-    && rm /opt/catalens/lib/python*/site-packages/catalens/bundles/starter/*.onnx \
-    && rm /opt/catalens/lib/python*/site-packages/catalens/bundles/starter/tokenizer.json \
-    && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
-
-FROM tools AS env-encoder
-COPY requirements/image-encoder.txt /src/requirements/
-# OpenVINO comes with devices that Catalens does not use.
-RUN python -m venv --without-pip /opt/catalens \
-    && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-encoder.txt \
-    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/libopenvino_intel_gpu_plugin.so \
-    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/libopenvino_intel_npu_plugin.so \
-    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/cache.json \
-    && rm -rf /opt/catalens/lib/python*/site-packages/openvino/include
-COPY --from=wheel /wheels /wheels
-RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
-    && rm -r /opt/catalens/lib/python*/site-packages/catalens_standalone/demo \
-    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
-    && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
-
-FROM tools AS env-standalone
-COPY requirements/image-standalone.txt /src/requirements/
-RUN python -m venv --without-pip /opt/catalens \
-    && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-standalone.txt \
-    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/libopenvino_intel_gpu_plugin.so \
-    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/libopenvino_intel_npu_plugin.so \
-    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/cache.json \
-    && rm -rf /opt/catalens/lib/python*/site-packages/openvino/include
-COPY --from=wheel /wheels /wheels
-# The demo catalogue gets an address that no version of Python changes.
-RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
-    && mv /opt/catalens/lib/python*/site-packages/catalens_standalone/demo /opt/catalens/demo \
-    && ln -s /opt/catalens/demo "$(echo /opt/catalens/lib/python*/site-packages/catalens_standalone)/demo" \
-    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
-    && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
-
-FROM tools AS env-torch
-COPY requirements/image-torch.txt /src/requirements/
-RUN python -m venv --without-pip /opt/catalens \
-    && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-torch.txt
-COPY --from=wheel /wheels /wheels
-RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
-    && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
-
-# --- Images
+# --- What all images have
 
 FROM scratch AS runtime
 # Whole and onto nothing: what a layer deletes is still in the one below it.
@@ -116,9 +61,41 @@ VOLUME /data
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["python", "/opt/probe.py", "/livez"]
 
+# --- Environments, copied whole into their images: locked packages first, then Catalens itself, then the list of both.
+
+FROM tools AS env-ingest
+COPY requirements/image-ingest.txt /src/requirements/
+RUN python -m venv --without-pip /opt/catalens \
+    && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-ingest.txt
+COPY --from=wheel /wheels /wheels
+# Ingest reads no more of a model than what it calls itself, and is no other service. What compilers and editors read
+# (*.pyi and the like) is of no use in any image.
+RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
+    && for other in embedder query standalone; do rm -r /opt/catalens/lib/python*/site-packages/catalens_$other; done \
+    && rm /opt/catalens/bin/catalens /opt/catalens/bin/catalens-embedder /opt/catalens/bin/catalens-query \
+    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
+    && rm /opt/catalens/lib/python*/site-packages/catalens/bundles/starter/*.onnx \
+    && rm /opt/catalens/lib/python*/site-packages/catalens/bundles/starter/tokenizer.json \
+    && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
+
 FROM runtime AS ingest
 COPY --from=env-ingest /opt/catalens /opt/catalens
 ENTRYPOINT ["catalens-ingest"]
+
+FROM tools AS env-encoder
+COPY requirements/image-encoder.txt /src/requirements/
+# OpenVINO comes with devices that Catalens does not use.
+RUN python -m venv --without-pip /opt/catalens \
+    && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-encoder.txt \
+    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/libopenvino_intel_gpu_plugin.so \
+    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/libopenvino_intel_npu_plugin.so \
+    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/cache.json \
+    && rm -rf /opt/catalens/lib/python*/site-packages/openvino/include
+COPY --from=wheel /wheels /wheels
+RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
+    && rm -r /opt/catalens/lib/python*/site-packages/catalens_standalone/demo \
+    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
+    && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
 
 FROM runtime AS embedder
 COPY --from=env-encoder /opt/catalens /opt/catalens
@@ -129,6 +106,35 @@ ENTRYPOINT ["catalens-embedder"]
 FROM runtime AS query
 COPY --from=env-encoder /opt/catalens /opt/catalens
 ENTRYPOINT ["catalens-query"]
+
+FROM tools AS env-standalone
+COPY requirements/image-standalone.txt /src/requirements/
+RUN python -m venv --without-pip /opt/catalens \
+    && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-standalone.txt \
+    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/libopenvino_intel_gpu_plugin.so \
+    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/libopenvino_intel_npu_plugin.so \
+    && rm -f /opt/catalens/lib/python*/site-packages/openvino/libs/cache.json \
+    && rm -rf /opt/catalens/lib/python*/site-packages/openvino/include
+COPY --from=wheel /wheels /wheels
+# The demo catalogue gets an address that no version of Python changes.
+RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
+    && mv /opt/catalens/lib/python*/site-packages/catalens_standalone/demo /opt/catalens/demo \
+    && ln -s /opt/catalens/demo "$(echo /opt/catalens/lib/python*/site-packages/catalens_standalone)/demo" \
+    && find /opt/catalens -regex '.*\.\(c\|h\|hpp\|proto\|pxd\|pyi\|pyx\)' -delete \
+    && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
+
+FROM runtime AS standalone
+COPY --from=env-standalone /opt/catalens /opt/catalens
+ENTRYPOINT ["catalens"]
+CMD ["serve"]
+
+FROM tools AS env-torch
+COPY requirements/image-torch.txt /src/requirements/
+RUN python -m venv --without-pip /opt/catalens \
+    && /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --only-binary :all: --require-hashes -r /src/requirements/image-torch.txt
+COPY --from=wheel /wheels /wheels
+RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /wheels/*.whl \
+    && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
 
 FROM runtime AS torch
 COPY --from=env-torch /opt/catalens /opt/catalens
@@ -144,7 +150,4 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 ENTRYPOINT ["catalens-embedder"]
 
 # Last, so that a plain `docker build .` makes it.
-FROM runtime AS standalone
-COPY --from=env-standalone /opt/catalens /opt/catalens
-ENTRYPOINT ["catalens"]
-CMD ["serve"]
+FROM standalone

@@ -64,19 +64,16 @@ class Stage:
 
 
 def stages(text: str) -> dict[str, Stage]:
-    """Return the stages of a Dockerfile by name, in their order, with ARGs before the first FROM filled in."""
-    arguments: dict[str, str] = {}
+    """Return the stages of a Dockerfile by name, in their order."""
     found: dict[str, Stage] = {}
     stage: Stage | None = None
     for instruction, value in _instructions(text):
         if instruction == "FROM":
-            words = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], value).split()
+            words = value.split()
             name = words[2] if len(words) == 3 else f"stage-{len(found)}"
             stage = found[name] = Stage(name, words[0])
         elif stage is None:
-            _require(instruction == "ARG", f"{instruction} before FROM")
-            name, _, default = value.partition("=")
-            arguments[name] = default
+            sys.exit(f"{instruction} before FROM")
         else:
             stage.steps.append((instruction, value))
     return found

@@ -17,7 +17,9 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 FILES: Final = (ROOT / "Dockerfile", ROOT / "docker-compose.yml")
-_IMAGE: Final = re.compile(r"^(\s*image: |ARG PYTHON=)([a-z0-9./_-]+:[\w.-]+)(?:@sha256:[0-9a-f]{64})?$", re.MULTILINE)
+_IMAGE: Final = re.compile(
+    r"^(\s*image: |FROM )([a-z0-9./_-]+:[\w.-]+)(?:@sha256:[0-9a-f]{64})?(?= AS \w+$|$)", re.MULTILINE
+)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 

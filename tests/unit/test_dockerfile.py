@@ -31,7 +31,8 @@ def steps(name: str, instruction: str) -> list[str]:
 
 def test_it_has_the_images_that_are_documented() -> None:
     assert set(IMAGES) <= set(STAGES)
-    assert list(STAGES)[-1] == "standalone", "what a plain docker build makes"
+    made = list(STAGES.values())[-1]
+    assert (made.base, made.steps) == ("standalone", []), "what a plain docker build makes"
     assert set(PRESENT) <= set(IMAGES)
 
 
@@ -183,10 +184,27 @@ def test_stages_are_ordered_by_who_needs_whom() -> None:
     assert "env-ingest" not in order
 
 
+def test_a_builder_that_skips_no_stage_carries_out_nothing_for_an_image_that_another_one_needs() -> None:
+    """`az acr build` carries out all that stands above its target: of torch nothing may stand above a service."""
+    order = list(STAGES)
+    torch = {stage.name for image in ("torch", "cuda") for stage in needed(image, STAGES)}
+    for image in ("ingest", "embedder", "query", "standalone"):
+        above = set(order[: order.index(image)])
+        assert not above & (torch - {stage.name for stage in needed(image, STAGES)}), image
+    assert "env-encoder" not in order[: order.index("ingest")]
+    assert "env-standalone" not in order[: order.index("query")]
+
+
+def test_what_renews_the_base_finds_it() -> None:
+    """Dependabot reads FROM lines that name a version, and no variables."""
+    bases = re.findall(r"^FROM (\S+)", TEXT, re.MULTILINE)
+    assert foreign(TEXT) == [base for base in bases if ":" in base]
+    assert len(foreign(TEXT)) == 1
+    assert not [base for base in bases if "$" in base]
+
+
 def test_a_dockerfile_is_read_with_its_continued_lines_and_comments() -> None:
-    text = (
-        "ARG B=python:3.13.1\n# no\nFROM ${B} AS a\nRUN one \\\n    # nor this\n    && two\nFROM a\nCOPY --from=a /x /x"
-    )
+    text = "FROM python:3.13.1 AS a\n# no\nRUN one \\\n    # nor this\n    && two\nFROM a\nCOPY --from=a /x /x"
     assert stages(text) == {
         "a": Stage("a", "python:3.13.1", [("RUN", "one && two")]),
         "stage-1": Stage("stage-1", "a", [("COPY", "--from=a /x /x")]),
@@ -195,11 +213,15 @@ def test_a_dockerfile_is_read_with_its_continued_lines_and_comments() -> None:
 
 def test_digests_are_written_behind_versions_and_replaced() -> None:
     old, new = f"sha256:{'0' * 64}", f"sha256:{'a' * 64}"
-    text = f"ARG PYTHON=python:3.13.14-slim\n    image: redis:8.8.3-alpine@{old}\n    image: catalens-ingest:0.1.0\n"
+    text = (
+        f"FROM python:3.13.14-slim AS python\nFROM python AS base\n    image: redis:8.8.3-alpine@{old}\n"
+        "    image: catalens-ingest:0.1.0\n"
+    )
     assert foreign(text) == ["python:3.13.14-slim", "redis:8.8.3-alpine"]
     once = pinned(text, {"python:3.13.14-slim": new, "redis:8.8.3-alpine": new})
     assert once == (
-        f"ARG PYTHON=python:3.13.14-slim@{new}\n    image: redis:8.8.3-alpine@{new}\n    image: catalens-ingest:0.1.0\n"
+        f"FROM python:3.13.14-slim@{new} AS python\nFROM python AS base\n    image: redis:8.8.3-alpine@{new}\n"
+        "    image: catalens-ingest:0.1.0\n"
     )
     assert pinned(once, {"redis:8.8.3-alpine": old}).count(old) == 1
 
