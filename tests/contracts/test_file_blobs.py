@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from catalens.engines.blobs import FileBlobStore, folder_of
-from catalens.errors import Misconfigured, Transient
+from catalens.errors import Misconfigured, StorageFull, Transient
 
 OLD = 1_000_000_000.0
 
@@ -35,6 +36,62 @@ async def test_what_a_killed_process_left_unfinished_is_no_blob_and_is_swept(tmp
     store = FileBlobStore(tmp_path)
     assert [reference async for reference in store.references(older_than=4_000_000_000.0)] == []
     assert [path.name for path in (tmp_path / "unfinished").iterdir()] == ["being written"]
+
+
+READER = """
+import asyncio, concurrent.futures.thread, os, sys
+from pathlib import Path
+from catalens.engines.blobs import FileBlobStore
+from catalens.errors import CatalensError
+
+async def main(root, reference):
+    store = FileBlobStore(root, read_only=True)
+    print((await store.get(reference)).decode())
+    print([found async for found in store.references(older_than=4_000_000_000.0)] == [reference])
+    for wish in (store.put(b"another"), store.delete(reference), FileBlobStore, store.close()):
+        try:
+            await (wish if asyncio.iscoroutine(wish) else asyncio.to_thread(wish, root))
+        except CatalensError as error:
+            print(type(error).__name__)
+
+if os.geteuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)  # to root no folder is closed
+asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+async def test_who_only_reads_needs_no_right_to_write() -> None:
+    """As the query service of docker-compose.yml, which has the pictures mounted for reading alone."""
+    with TemporaryDirectory() as name:
+        root = Path(name) / "pictures"
+        store = FileBlobStore(root)
+        reference = await store.put(b"picture")
+        await store.close()
+        closed = [Path(name), *(path for path in root.rglob("*") if path.is_dir()), root]
+        for folder in closed:
+            folder.chmod(0o555)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", READER, str(root), reference], capture_output=True, text=True, check=False
+            )
+        finally:
+            for folder in closed:
+                folder.chmod(0o755)
+    assert done.stdout.split() == ["picture", "True", "StorageFull", "StorageFull", "Transient"], done.stderr
+
+
+async def test_who_only_reads_sees_what_a_writer_brings_later_and_makes_nothing(tmp_path: Path) -> None:
+    reader = FileBlobStore(tmp_path / "pictures", read_only=True)
+    assert not (tmp_path / "pictures").exists()
+    assert [found async for found in reader.references(older_than=4_000_000_000.0)] == []
+    reference = await FileBlobStore(tmp_path / "pictures").put(b"picture")
+    assert await reader.get(reference) == b"picture"
+    with pytest.raises(StorageFull, match="the picture cannot be stored: the disk is full or read-only"):
+        await reader.put(b"picture")
+    with pytest.raises(StorageFull, match="cannot be deleted"):
+        await reader.delete(reference)
+    assert await reader.get(reference) == b"picture"
 
 
 ANOTHER = """

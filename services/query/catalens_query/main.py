@@ -25,7 +25,8 @@ async def serve(settings: Settings) -> None:
         EngineRoom(settings) as room,
         Generations.open(settings, Encoders(settings, metrics), await room.indexes()) as generations,
     ):
-        cache, blobs, images, events = await room.cache(), await room.blobs(), await room.images(), await room.log()
+        cache, images, events = await room.cache(), await room.images(), await room.log()
+        blobs = await room.blobs(read_only=True)
 
         vocabularies = Vocabularies(settings.languages)
 

@@ -104,8 +104,11 @@ class EngineRoom:
         self._stack.push_async_callback(cache.close)
         return cache
 
-    async def blobs(self) -> BlobStore:
-        """Open the store of uploaded pictures: an object store, or a folder of several processes or of this one."""
+    async def blobs(self, *, read_only: bool = False) -> BlobStore:
+        """Open the store of uploaded pictures: an object store, or a folder of several processes or of this one.
+
+        With `read_only` a folder is never written to, so it may be mounted for reading alone.
+        """
         blobs: BlobStore
         url = self._settings.blobs.url
         if url and not url.startswith("file://"):
@@ -115,7 +118,7 @@ class EngineRoom:
         else:
             from catalens.engines.blobs import FileBlobStore, folder_of
 
-            blobs = FileBlobStore(folder_of(url) if url else self._folder() / "blobs")
+            blobs = FileBlobStore(folder_of(url) if url else self._folder() / "blobs", read_only=read_only)
         self._stack.push_async_callback(blobs.close)
         return blobs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import re
@@ -37,11 +38,19 @@ class FileBlobStore:
     A file's modification time is when it was last stored. Processes of one machine may share the folder.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Open or create the store in `root`, at start-up: it reads and writes there. Raises StorageFull, Transient."""
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        """Open or create the store in `root`, at start-up: it reads and writes there. Raises StorageFull, Transient.
+
+        With `read_only` nothing is written, whatever `root` would let us: what is there can be read, also what comes
+        later, and put and delete raise StorageFull.
+        """
         self._unfinished = root / "unfinished"
         self._folders = {f"{number:02x}": root / f"{number:02x}" for number in range(256)}
         self._lock = threading.Lock()
+        self._turns = -1
+        self._read_only = read_only
+        if read_only:
+            return
         try:
             self._unfinished.mkdir(parents=True, exist_ok=True)
             _sweep(self._unfinished)
@@ -74,6 +83,8 @@ class FileBlobStore:
             try:
                 found = await asyncio.to_thread(_stored_before, folder, older_than)
             except OSError as error:
+                if self._read_only and isinstance(error, FileNotFoundError):  # no writer has come yet
+                    continue
                 raise storage_error(error, f"{folder} cannot be read") from error
             for reference in found:
                 yield reference
@@ -93,6 +104,8 @@ class FileBlobStore:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """A conditional delete and a put of the same blob take turns, in this process and among processes."""
+        if self._read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         with self._lock:
             fcntl.flock(self._turns, fcntl.LOCK_EX)
             try:
