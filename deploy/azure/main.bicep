@@ -13,7 +13,7 @@ param location string = resourceGroup().location
 @description('Name of an Azure Container Registry in this resource group that has the images.')
 param registry string
 
-@description('Of the images catalens-ingest, catalens-embedder and catalens-query.')
+@description('Of the images catalens-ingest, catalens-embedder, catalens-query and catalens-standalone.')
 param release string = '0.1.0'
 
 @description('Where a Qdrant answers, such as https://….azure.cloud.qdrant.io. Empty: one in a container, without storage: it begins anew wherever it is moved to.')
@@ -36,11 +36,15 @@ param partitions int = 12
 @minValue(0)
 param queryReplicas int = 1
 
+@description('What the job `catalens` does when it is started: the words behind `catalens`.')
+param command array = ['reindex', '--list']
+
 var unique = uniqueString(resourceGroup().id)
 var port = 8080
 var group = 'catalens-embedder'
 
-// --- the log: each event hub is a topic; what is compacted keeps each product's newest record for ever
+// --- the log: each event hub is a topic; what is compacted keeps each product's newest record for ever, anything else
+// goes after 168 hours at the latest: the Standard tier keeps nothing longer.
 
 var topics = [
   { name: 'catalog.products', policy: 'Compact', hours: 168 }
@@ -275,6 +279,7 @@ var shared = [
   { name: 'CATALENS_KAFKA__COMPRESSION', value: 'none' } // the Standard tier takes no compressed batches
   { name: 'CATALENS_KAFKA__MAX_MESSAGE', value: '1000000' } // the Standard tier's limit
   { name: 'CATALENS_KAFKA__PARTITIONS', value: string(partitions) }
+  { name: 'CATALENS_LOG__DEAD_LETTER_DAYS', value: '7' } // as long as the hub catalog.dlq keeps them
   { name: 'CATALENS_QDRANT__URL', value: empty(qdrantUrl) ? 'http://qdrant:6333' : qdrantUrl }
   { name: 'CATALENS_QDRANT__API_KEY', secretRef: 'qdrant-api-key' }
   { name: 'CATALENS_REDIS__URL', value: 'redis://redis:6379/0' }
@@ -284,6 +289,7 @@ var shared = [
 ]
 var secrets = [
   { name: 'kafka-connection', keyVaultUrl: vault::kafka.properties.secretUri, identity: identity.id }
+  { name: 'kafka-user', value: '$ConnectionString' } // for all to know, but KEDA takes a user's name from a secret only
   { name: 'qdrant-api-key', keyVaultUrl: vault::qdrant.properties.secretUri, identity: identity.id }
   { name: 'api-keys', keyVaultUrl: vault::keys.properties.secretUri, identity: identity.id }
 ]
@@ -431,13 +437,48 @@ resource embedder 'Microsoft.App/containerApps@2025-01-01' = {
                 ensureEvenDistributionOfPartitions: 'true'
                 sasl: 'plaintext'
                 tls: 'enable'
-                username: '$ConnectionString'
               }
-              auth: [{ secretRef: 'kafka-connection', triggerParameter: 'password' }]
+              auth: [
+                { secretRef: 'kafka-user', triggerParameter: 'username' }
+                { secretRef: 'kafka-connection', triggerParameter: 'password' }
+              ]
             }
           }
         ]
       }
+    }
+  }
+}
+
+// The command line beside the engines, started by hand: another model, an index made anew.
+resource tool 'Microsoft.App/jobs@2025-01-01' = {
+  name: 'catalens'
+  location: location
+  identity: identities
+  dependsOn: [hubs, mayPull, mayReadSecrets, mayKeepPictures]
+  properties: {
+    environmentId: environment.id
+    workloadProfileName: 'Consumption'
+    configuration: {
+      triggerType: 'Manual'
+      manualTriggerConfig: { parallelism: 1, replicaCompletionCount: 1 }
+      replicaTimeout: 86400
+      replicaRetryLimit: 3 // a reindex goes on where it was
+      registries: pulled
+      secrets: secrets
+    }
+    template: {
+      containers: [
+        {
+          name: 'catalens'
+          image: '${images.properties.loginServer}/catalens-standalone:${release}'
+          args: command
+          env: concat(shared, [{ name: 'CATALENS_ENCODER__LANES', value: '2' }])
+          resources: { cpu: json('2.0'), memory: '4Gi' }
+          volumeMounts: mounts
+        }
+      ]
+      volumes: volumes
     }
   }
 }

@@ -72,8 +72,8 @@ async def test_who_only_reads_needs_no_right_to_write() -> None:
         for folder in closed:
             folder.chmod(0o555)
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", READER, str(root), reference], capture_output=True, text=True, check=False
+            done = await asyncio.to_thread(
+                subprocess.run, [sys.executable, "-c", READER, str(root), reference], capture_output=True, text=True
             )
         finally:
             for folder in closed:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Final
 
 import pytest
 import yaml
+from tests.unit.test_cli_arguments import understood
+from tests.unit.test_k8s import KEDA_METADATA
 
-from catalens import events
+from catalens import events, topics
 from catalens.settings import HttpSettings, Settings
+from catalens.topics import RETENTION
 
 ROOT: Final = Path(__file__).parents[2]
 TEMPLATE: Final = (ROOT / "deploy" / "azure" / "main.bicep").read_text(encoding="utf-8")
+GUIDE: Final = ROOT / "docs" / "how-to" / "azure.md"
 SCALED_OBJECT: Final = ROOT / "k8s" / "components" / "keda" / "scaledobject.yaml"
+LOGIN: Final = ROOT / "k8s" / "components" / "keda-sasl" / "triggerauthentication.yaml"
 DOORS: Final = ("ingest", "query")
+STANDARD_TIER_HOURS: Final = 168
+"""The longest that Event Hubs' Standard tier keeps what is not compacted."""
 
 
 def known_variables() -> set[str]:
@@ -70,6 +78,16 @@ def test_every_topic_is_made_and_kept_as_the_contract_says() -> None:
     assert {name for name, entry in made.items() if entry["policy"] == "Compact"} == set(events.COMPACTED)
 
 
+def test_nothing_is_promised_longer_than_its_hub_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    (days,) = [entry["value"] for entry in listed("shared") if entry["name"] == "CATALENS_LOG__DEAD_LETTER_DAYS"]
+    monkeypatch.setenv("CATALENS_LOG__DEAD_LETTER_DAYS", days)
+    wanted = {topic.name: int(topic.config.get(RETENTION, 0)) / 3_600_000 for topic in topics.wanted(Settings())}
+    for entry in listed("topics"):
+        if entry["policy"] == "Delete":
+            assert float(entry["hours"]) == min(wanted[entry["name"]], STANDARD_TIER_HOURS), entry["name"]
+    assert wanted[events.DEAD_LETTERS] <= STANDARD_TIER_HOURS
+
+
 def test_the_embedder_scales_on_all_that_it_reads() -> None:
     assert {entry["topic"] for entry in listed("consumed")} == set(events.CONSUMED)
     assert f"var group = '{events.EMBEDDER_GROUP}'" in TEMPLATE
@@ -88,9 +106,26 @@ def test_the_scale_rules_equal_kubernetes() -> None:
         entry["name"]: {**metadata, "topic": entry["topic"], "lagThreshold": entry["lag"]}
         for entry in listed("consumed")
     }
-    login = {"sasl", "tls", "username"}
+    login = {"sasl": "plaintext", "tls": "enable"}
     there = {trigger["name"]: trigger["metadata"] for trigger in spec["triggers"]}
-    assert {name: {key: rule[key] for key in rule.keys() - login} for name, rule in here.items()} == there
+    assert here == {name: {**rule, **login} for name, rule in there.items()}
+
+
+def test_keda_reads_what_a_scale_rule_says() -> None:
+    """What is secret to KEDA it takes from `auth` only: a user's name among the metadata is none."""
+    text = resource("embedder")
+    metadata = re.findall(r"^ +(\w+): ", text[text.index("metadata: {") + 11 : text.index("auth: [")], re.MULTILINE)
+    assert len(metadata) == len(set(metadata)) >= 9
+    assert set(metadata) <= KEDA_METADATA
+    authentication = yaml.safe_load(LOGIN.read_text(encoding="utf-8"))["spec"]["secretTargetRef"]
+    given = dict(re.findall(r"\{ secretRef: '([\w-]+)', triggerParameter: '(\w+)' \}", text))
+    assert {"sasl", "tls", *given.values()} == {entry["parameter"] for entry in authentication}
+    secrets = {entry["name"]: entry for entry in listed("secrets")}
+    user = {entry["name"]: entry for entry in listed("shared")}["CATALENS_KAFKA__USERNAME"]["value"]
+    assert {parameter: secrets[name].get("value") for name, parameter in given.items()} == {
+        "username": user,
+        "password": None,  # the vault's
+    }
 
 
 def test_ports_probes_and_deadlines_are_those_of_the_services() -> None:
@@ -118,7 +153,7 @@ def test_the_keys_file_is_a_secret_in_a_folder() -> None:
 
 def test_no_image_is_latest_and_no_secret_is_written() -> None:
     images = re.findall(r"image: '([^']+)'", TEMPLATE)
-    assert len(images) == 5
+    assert len(images) == 6
     assert all(":" in image and not image.endswith(":latest") for image in images)
     # what is secret comes from a parameter, from Azure, or out of the vault
     assert set(re.findall(r"value: ([^'}\s].*?) }", resource("vault"))) == {
@@ -128,3 +163,35 @@ def test_no_image_is_latest_and_no_secret_is_written() -> None:
     }
     for parameter in ("apiKeys", "qdrantApiKey"):
         assert re.search(rf"@secure\(\)\n@description\(.*\)\nparam {parameter} string", TEMPLATE)
+
+
+def test_the_job_is_the_command_line_with_what_a_worker_has() -> None:
+    job, worker = resource("tool"), resource("embedder")
+    for part in ("dependsOn", "identity", "registries", "secrets", "volumes"):
+        (line,) = re.findall(rf"^ +({part}: .+|{part}: \w+)$|^  ({part}: .+)$", job, re.MULTILINE)
+        assert "".join(line) in worker, part
+    assert "volumeMounts: mounts\n" in job
+    assert "env: concat(shared, [{ name: 'CATALENS_ENCODER__LANES', value: '2' }])" in job
+    assert "/catalens-standalone:${release}" in job
+    assert "args: command\n" in job
+
+
+def told(pattern: str) -> set[str]:
+    """Return what the guide says by that pattern."""
+    found = re.findall(pattern, GUIDE.read_text(encoding="utf-8"))
+    assert found
+    return set(found)
+
+
+def test_the_job_is_told_to_do_what_the_command_line_can() -> None:
+    (default,) = re.findall(r"^param command array = (\[.+\])$", TEMPLATE, re.MULTILINE)
+    for words in [default.replace("'", '"'), *told(r"(?:command=|`)(\[\"reindex.*?\])")]:
+        understood(json.loads(words))
+
+
+def test_the_guide_builds_every_image_and_gives_each_parameter_that_has_no_default() -> None:
+    (built,) = told(r"for image in (.+); do")
+    assert set(built.split()) == set(re.findall(r"/catalens-(\w+):", TEMPLATE))
+    given = told(r"--parameters [\"']?(\w+)=")
+    assert given <= set(re.findall(r"^param (\w+) ", TEMPLATE, re.MULTILINE))
+    assert given >= set(re.findall(r"^param (\w+) \w+$", TEMPLATE, re.MULTILINE))

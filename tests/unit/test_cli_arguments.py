@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,47 @@ import typer
 
 from catalens_standalone.cli import app, parse_filters
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "reference" / "cli.md"
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def understood(words: list[str]) -> None:
+    """Prove that `catalens` followed by those words is a command with all that it must have; it is not carried out."""
+    command: Any = typer.main.get_command(app)
+    said, context = " ".join(words), None
+    while True:
+        try:
+            context = command.make_context(command.name, list(words), parent=context)
+            if not hasattr(command, "commands"):
+                return
+            _, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        except USAGE_ERROR as error:
+            if type(error) is typer.BadParameter:  # such as a file that only the reader has
+                return
+            pytest.fail(f"catalens {said}: {error}", pytrace=False)
+
+
+def documented() -> list[str]:
+    """Return the command lines of Catalens that the documents show, each once."""
+    found: dict[str, None] = {}
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            shown = re.match(r" {4}(?:[A-Z_]+=\S+ +|docker compose run --rm )*catalens ([a-z].*)$", line)
+            if shown and not line.endswith("status 0"):  # of a transcript
+                found[shown[1]] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("line", documented())
+def test_a_command_of_the_documents_is_one(line: str) -> None:
+    understood(shlex.split(line, comments=True))
+
+
+def test_a_wrong_command_would_be_seen() -> None:
+    for line in ("keys create shop", "reindex --modle x", "reidnex", "keys"):
+        with pytest.raises(pytest.fail.Exception, match=line):
+            understood(line.split())
 
 
 @pytest.mark.parametrize(

@@ -108,19 +108,51 @@ def test_our_images_are_those_of_the_dockerfile(name: str) -> None:
     assert OURS[name]["build"]["context"] == "."
 
 
-@pytest.mark.parametrize("name", ["topics", "demo", "model"])
-def test_commands_are_commands(name: str) -> None:
+def check_command(name: str, words: list[str]) -> None:
+    """Prove that a service of compose can be run with those words."""
     service = OURS[name]
     steps = chain(service["build"]["target"], STAGES)
     program, *first = service.get("entrypoint") or json.loads(last(steps, "ENTRYPOINT"))
     assert program == "catalens"
-    words = [*first, *service["command"]]
+    words = [*first, *words]
     command: Any = typer.main.get_command(app)
     while words and (commands := getattr(command, "commands", None)):
         assert words[0] in commands, f"catalens has no command {words[0]}"
         command, words = commands[words[0]], words[1:]
     options = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("name", ["topics", "demo", "catalens", "model"])
+def test_commands_are_commands(name: str) -> None:
+    check_command(name, OURS[name]["command"])
+
+
+def test_what_the_documents_have_compose_run_is_a_service_and_a_command() -> None:
+    found = set()
+    for path in [ROOT / "docker-compose.yml", *(ROOT / "docs").rglob("*.md")]:
+        for line in re.findall(r"docker compose (?:--profile \w+ )?run --rm ([^`#…\n]+)", path.read_text("utf-8")):
+            service, *words = line.split()
+            check_command(service, words or OURS[service]["command"])
+            found.add((service, *words[:1]))
+    assert {("catalens", "reindex"), ("demo",), ("model", "pull")} <= found
+
+
+def test_there_is_a_container_that_can_change_the_model() -> None:
+    """`catalens reindex` embeds as a worker does, from the same models and pictures, and asks the same engines."""
+    tool, worker = OURS["catalens"], OURS["embedder"]
+    assert tool["volumes"] == worker["volumes"]
+    assert tool["deploy"] == worker["deploy"]
+    assert tool["depends_on"] == worker["depends_on"]
+    assert tool["environment"].items() >= COMPOSE["x-environment"].items()
+
+
+def test_a_picture_store_is_opened_for_what_its_mount_allows() -> None:
+    for name in ("ingest", "embedder", "query"):
+        (mount,) = [volume for volume in OURS[name]["volumes"] if volume.startswith("pictures:")]
+        main = (ROOT / "services" / name / f"catalens_{name}" / "main.py").read_text(encoding="utf-8")
+        (opened,) = re.findall(r"room\.blobs\((.*?)\)", main)
+        assert opened == ("read_only=True" if mount.endswith(":ro") else ""), name
 
 
 def test_the_demo_catalogue_is_where_the_image_has_it() -> None:
@@ -176,8 +208,9 @@ def test_there_is_time_to_drain() -> None:
 def test_profiles_are_the_documented_ones() -> None:
     guide = (ROOT / "docs" / "how-to" / "docker.md").read_text(encoding="utf-8")
     profiles = {profile for service in SERVICES.values() for profile in service.get("profiles", [])}
-    assert profiles == {"demo", "models", "observability"}
-    assert all(f"--profile {profile}" in guide for profile in profiles)
+    assert profiles == {"demo", "models", "observability", "tools"}
+    # One whose service is named on the command line needs no flag.
+    assert all(f"--profile {profile}" in guide for profile in profiles - {"tools"})
 
 
 def operations(service: str) -> list[tuple[str, str]]:
