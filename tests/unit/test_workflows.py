@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from importlib.resources import files
@@ -11,11 +12,14 @@ from typing import Any
 import jsonschema_rs
 import pytest
 import yaml
+from scripts.image_check import stages
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 READ_ONLY = {"contents": "read"}
+AS_RUNNER = "make ${{ matrix.target }}"
+AS_ROOT = f"sudo {AS_RUNNER} CI=true PYTHON=${{{{ steps.python.outputs.python-path }}}}"  # sudo hands on no variables
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml is read without types here
@@ -76,7 +80,7 @@ def test_it_calls_the_makefile_and_nothing_else(workflow: Any) -> None:
     commands = [step["run"] for step in steps(workflow) if "run" in step]
     listed = [f"make {target}" for matrix in matrices for target in matrix.get("target", [])]
     assert commands
-    for command in [*listed, *(command for command in commands if command != "make ${{ matrix.target }}")]:
+    for command in [*listed, *(command for command in commands if command not in (AS_RUNNER, AS_ROOT))]:
         program, *words = command.split()
         assert program == "make", command
         targets = [word for word in words if "=" not in word and not word.startswith(("$", "matrix", "}"))]
@@ -84,11 +88,42 @@ def test_it_calls_the_makefile_and_nothing_else(workflow: Any) -> None:
         assert set(targets) <= TARGETS, command
 
 
+def test_what_installs_by_apt_may() -> None:
+    """A runner has neither redis-server nor promtool, and apt is used by root only: `engines` fails with CI=true."""
+    rules = dict(re.findall(r"^([a-z0-9-]+): (.*?)(?: ##.*)?$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    seen = set()
+    for job in load(ROOT / ".github" / "workflows" / "ci.yml")["jobs"].values():
+        (command,) = [step["run"] for step in job["steps"] if "run" in step]
+        for target in job["strategy"]["matrix"]["target"]:
+            needs = "engines" in rules[target.split()[0]].split()
+            assert command == (AS_ROOT if needs else AS_RUNNER), target
+            seen.add(needs)
+    assert seen == {True, False}
+
+
+def test_images_are_made_when_anything_changes_that_they_are_made_from() -> None:
+    paths = load(ROOT / ".github" / "workflows" / "images.yml")["on"]["pull_request"]["paths"]
+    copied = {
+        source
+        for stage in stages((ROOT / "Dockerfile").read_text(encoding="utf-8")).values()
+        for op, value in stage.steps
+        if op == "COPY" and not value.startswith("--from=")
+        for source in value.split()[:-1]
+    }
+    assert len(copied) > 8
+    for source in [*copied, "Dockerfile", ".dockerignore"]:
+        assert any(fnmatch.fnmatch(f"{source}/" if (ROOT / source).is_dir() else source, path) for path in paths), (
+            source
+        )
+    for path in paths:
+        assert (ROOT / path.removesuffix("**")).exists(), path
+
+
 def test_nobody_else_s_words_are_run(workflow: Any) -> None:
     """What an author of a pull request may choose is never part of a command."""
     for step in steps(workflow):
         for expression in re.findall(r"\$\{\{\s*(.*?)\s*\}\}", step.get("run", "")):
-            assert expression.startswith("matrix."), expression
+            assert expression.startswith("matrix.") or expression == "steps.python.outputs.python-path", expression
 
 
 def test_it_may_do_little(workflow: Any) -> None:
