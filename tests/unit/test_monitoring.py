@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 from scripts import monitoring
+from tests.unit.test_k8s import kustomize
 
 from catalens.settings import HttpSettings
 from catalens.telemetry import Metrics
@@ -171,6 +176,29 @@ def test_every_heading_of_the_runbook_can_be_reached_and_every_link_of_it_leads_
     assert anchors() - alerted - linked <= told
     for target in re.findall(r"\]\((?!#|https?:)([^)#]+)", text):
         assert (RUNBOOK.parent / target).exists(), f"the runbook links to {target}"
+
+
+def test_an_overlay_says_where_the_runbook_is(tmp_path: Path) -> None:
+    """With what the guide says every alert's link is a whole one, and nothing else is applied because of it."""
+    command = kustomize()
+    if command is None:
+        pytest.skip("there is neither kubectl nor kustomize: run scripts/ensure-kustomize")
+    guide = (monitoring.ROOT / "docs" / "how-to" / "observe.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"(?m)^    configMapGenerator:\n(?:    .*\n)+", guide)
+    component = monitoring.PROMETHEUS_RULE.parent
+    shutil.copytree(component, tmp_path / "monitoring")
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    text = f"components: [../monitoring]\n{textwrap.dedent(said)}"
+    (overlay / "kustomization.yaml").write_text(text, encoding="utf-8")
+    done = subprocess.run([*command, str(overlay)], capture_output=True, text=True, check=True)
+    built = list(yaml.safe_load_all(done.stdout))
+    assert not [resource for resource in built if resource["kind"] == "ConfigMap"]
+    (rule,) = [resource for resource in built if resource["kind"] == "PrometheusRule"]
+    links = [one["annotations"]["runbook_url"] for group in rule["spec"]["groups"] for one in group["rules"]]
+    page, relative = "https://git.example.com/catalens/docs/runbook.md", "docs/runbook.md"
+    assert links == [one["annotations"]["runbook_url"].replace(relative, page) for one in rules()]
+    assert all(link.startswith(f"{page}#") for link in links)
 
 
 def test_prometheus_finds_the_services_where_they_listen_and_the_rules_beside_it() -> None:
