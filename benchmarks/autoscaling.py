@@ -16,13 +16,15 @@ import json
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import coldstart
 from benchmarks.report import ROOT, Row, commit, show, write
+
+from catalens.settings import EmbedderSettings
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
 DOCUMENT: Final = ROOT / "docs" / "capacity.md"
@@ -58,6 +60,8 @@ class Worker:
     """Seconds that the whole group stands still when a member comes or goes."""
     commit: int = 1
     """Seconds for which what is finished still counts as lag."""
+    batch: int = EmbedderSettings().batch
+    """Events that it takes from one partition before it turns to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,18 @@ class Scaler:
     """ensureEvenDistributionOfPartitions."""
     polling: int = 15
     """Seconds between KEDA's own looks, which wake and put to sleep."""
+    excludes: bool = True
+    """excludePersistentLag: partitions whose offset has not moved since the last look count to wake, not to scale."""
+    cached: bool = True
+    """useCachedMetrics: the autoscaler is told what KEDA's own last look saw, and looks not itself."""
     cooldown: int = 600
     """Seconds without work until the last worker goes."""
     fallback: int = 1
     """Workers at least while KEDA could not ask the broker four times in a row."""
     period: int = 15
     """Seconds between the autoscaler's looks."""
+    phase: int = 7
+    """Seconds from KEDA's look to the autoscaler's; no setting, it comes as it comes."""
     up_window: int = 15
     """Seconds whose lowest recommendation holds against scaling up."""
     up_pods: int = 3
@@ -217,6 +227,26 @@ class _Autoscaler:
         return desired
 
 
+class _Eyes:
+    """What KEDA sees of the lag; each look compares with the look before, whoever asked for it."""
+
+    def __init__(self, scaler: Scaler, worker: Worker) -> None:
+        self._scaler = scaler
+        self._batch = worker.batch
+        self._committed = 0.0
+
+    def look(self, lag: float, committed: float) -> float:
+        """Return the lag that wants workers, where that many events have been committed in all.
+
+        Partitions have their turns: in the time of one batch, one of them moves for each worker.
+        """
+        moved, self._committed = committed - self._committed, committed
+        if not self._scaler.excludes or lag <= 0:
+            return lag
+        turn = min(self._batch, max(1.0, (lag + moved) / self._scaler.partitions))
+        return lag * min(1.0, moved / (turn * self._scaler.partitions))
+
+
 def simulate(trace: Trace, scaler: Scaler, worker: Worker, *, every: int = 60) -> Outcome:
     """Run `trace`, then on without arrivals until all is done and scaled to zero (a day at most); sample `every` s."""
     out, group = Outcome(), _Group(worker)
@@ -224,7 +254,7 @@ def simulate(trace: Trace, scaler: Scaler, worker: Worker, *, every: int = 60) -
     kept: list[tuple[int, float]] = []
     lag, active_at, failures = 0.0, 0, 0
     uncommitted: deque[float] = deque([0.0] * worker.commit, maxlen=worker.commit)
-    autoscaler = _Autoscaler(scaler)
+    autoscaler, eyes, seen = _Autoscaler(scaler), _Eyes(scaler, worker), 0.0
     now, length = 0, len(trace.arrivals)
     while now < length or ((queue or kept or len(group)) and now < length + DAY):
         arriving = trace.arrivals[now] if now < length else 0.0
@@ -252,10 +282,14 @@ def simulate(trace: Trace, scaler: Scaler, worker: Worker, *, every: int = 60) -
         if not queue:
             lag = 0.0  # what rounding left would keep a worker awake for ever
         uncommitted.append(out.finished - finished)
-        told = lag + sum(uncommitted)
-        if now % scaler.period == 0 and len(group) and not away:
-            group.scale(now, autoscaler.look(now, told, len(group)))
+        told, committed = lag + sum(uncommitted), out.finished - sum(uncommitted)
+        if now % scaler.period == scaler.phase and len(group) and not away:
+            if not scaler.cached:
+                seen = eyes.look(told, committed)
+            group.scale(now, autoscaler.look(now, seen, len(group)))
         if now % scaler.polling == 0:
+            if not away:
+                seen = eyes.look(told, committed)
             failures = failures + 1 if away else 0
             if away:
                 if failures >= 4:
@@ -423,6 +457,41 @@ def report(worker: Worker, scaler: Scaler, part: str) -> tuple[list[Row], list[t
     ], found  # fmt: skip
 
 
+SIGHTS: Final[dict[str, dict[str, Any]]] = {
+    "as shipped": {},
+    "looks itself, 1 s after KEDA": {"cached": False, "phase": 1},
+    "looks itself, 7 s after KEDA": {"cached": False},
+    "as shipped, KEDA looks every 30 s": {"polling": 30},
+    "without excludePersistentLag": {"excludes": False},
+}
+SLOW: Final = 17.0
+"""Events a second of a worker with a slower model, for comparison."""
+
+
+def sights(worker: Worker) -> list[Row]:
+    """Return what comes of how the autoscaler learns of the lag, for this worker and for a slow one.
+
+    The slow one has as much less to do, and its lagThreshold is as much lower.
+    """
+    rows: list[Row] = []
+    for rate in (worker.per_second, SLOW):
+        share = rate / worker.per_second
+        slower = replace(worker, per_second=rate)
+        shipped = replace(Scaler(), lag_threshold=round(Scaler().lag_threshold * share))
+        for name, changes in SIGHTS.items():
+            scaler = replace(shipped, **changes)
+            day, sale = (
+                simulate(Trace(trace.name, [share * count for count in trace.arrivals]), scaler, slower)
+                for trace in (daily(), flash_sale())
+            )
+            rows.append({
+                "part": "sight", "the autoscaler": name, "worker/s": rate, "lagThreshold": shipped.lag_threshold,
+                "daily p99 s": day.freshness(0.99), "sale p99 s": sale.freshness(0.99),
+                "workers at most": max(day.most_workers, sale.most_workers),
+            })  # fmt: skip
+    return rows
+
+
 # --- how much is needed ------------------------------------------------------------------------------------------
 
 CATALOGUES: Final = (10_000_000, 100_000_000, 1_000_000_000)
@@ -511,6 +580,7 @@ _TABLES: Final = {
                "US$/million"),
     "sweep": ("partitions", "lagThreshold", "cooldown s", "daily p99 s", "sale p99 s", "re-index h", "outage p99 s",
               "US$/million", "rebalances", "keeps the bounds"),
+    "sight": ("the autoscaler", "worker/s", "lagThreshold", "daily p99 s", "sale p99 s", "workers at most"),
 }  # fmt: skip
 
 
@@ -550,6 +620,11 @@ def _figures(results: dict[str, Any]) -> str:
         f"### Shipped (simulated): lagThreshold {shipped.lag_threshold}, {shipped.partitions} partitions, cool-down "
         f"{shipped.cooldown} s\n",
         _markdown([row for row in rows if row["part"] == "shipped"], _TABLES["chosen"]),
+        "### What the autoscaler sees (simulated)\n",
+        _markdown([row for row in rows if row["part"] == "sight"], _TABLES["sight"]),
+        "With `excludePersistentLag` a partition counts only if it moved since the last look, and a worker moves one "
+        f"after the other, {worker['batch']} events at a time. For the worker above, and for one of {SLOW:g}/s with as "
+        "much less to do.\n",
         "### What a catalogue needs (arithmetic)\n",
         _upright(cost, needs),
         "### What it costs a month, US$ (assumed prices)\n",
@@ -608,7 +683,7 @@ def main() -> None:
         worker = Worker(figures.clip, SCHEDULING + figures.start, max(figures.rebalance, 1.0))
         tried, chosen = sweep(worker)
         simulated, found = report(worker, chosen, "chosen")
-        simulated += report(worker, Scaler(), "shipped")[0]
+        simulated += report(worker, Scaler(), "shipped")[0] + sights(worker)
         planned = [plan(products, figures, quantised=way) for products in CATALOGUES for way in (False, True)]
         show("autoscaling: everything tried", tried)
         show("autoscaling: chosen", simulated)

@@ -41,11 +41,18 @@ class Service:
         self._module = module
         self._log = folder / f"{name}.log"
         self._environment = environment
+        self._begin = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
         """Start and return when it says that it is ready; raises with its log if it ends before."""
-        begin = self._log.stat().st_size if self._log.exists() else 0
+        self.launch()
+        self.said("process.ready")
+        return self
+
+    def launch(self) -> None:
+        """Start, and wait for nothing."""
+        self._begin = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self._module],
@@ -58,16 +65,20 @@ class Service:
                 },
                 start_new_session=True,
             )
+
+    def said(self, event: str) -> None:
+        """Return once it has logged `event`, which tells its URL, since it was started; raises if it ends before."""
+        assert self._process is not None
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
-            for line in self._log.read_bytes()[begin:].splitlines():
-                if b'"process.ready"' in line:
+            for line in self._log.read_bytes()[self._begin :].splitlines():
+                if f'"{event}"'.encode() in line:
                     self.url = json.loads(line)["url"]
-                    return self
+                    return
             if self._process.poll() is not None:
                 break
             time.sleep(0.05)
-        raise RuntimeError(f"{self.name} did not start:\n{self.log()[-4000:]}")
+        raise RuntimeError(f"{self.name} did not say {event}:\n{self.log()[-4000:]}")
 
     @property
     def pid(self) -> int:
@@ -177,10 +188,14 @@ class Cluster:
 
     def service(self, role: str, module: str | None = None, **environment: str) -> Service:
         """Start one more process of `role`: ingest, embedder or query."""
+        return self.prepared(role, module, **environment).start()
+
+    def prepared(self, role: str, module: str | None = None, **environment: str) -> Service:
+        """Return one more process of `role` that is not started yet."""
         name = f"{role}-{len(self.services)}"
         service = Service(module or f"catalens_{role}.main", self.folder, name, self.environment(**environment))
         self.services.append(service)
-        return service.start()
+        return service
 
     def settings(self, **more: str) -> Settings:
         """Return the settings as a process of this cluster reads them."""

@@ -16,6 +16,7 @@ import structlog
 from catalens import tracing
 from catalens.errors import CatalensError
 from catalens.settings import Settings, load_settings
+from catalens.starting import Stopped
 from catalens.telemetry import configure_logging
 
 log = structlog.get_logger(__name__)
@@ -97,6 +98,8 @@ def run_service(name: str, serve: Callable[[Settings], Coroutine[Any, Any, None]
         configure_logging(settings)
         tracing.configure(settings, name)
         asyncio.run(serve(settings))
+    except Stopped:
+        log.info("process.stopped")
     except CatalensError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  # for whoever started it, logging set up or not
         sys.exit(1)

@@ -1,7 +1,8 @@
 """The lag by which KEDA scales is the lag that the workers tell, while they run, stop and start again on a real Kafka.
 
-KEDA's own arithmetic (getLagForPartition and getTotalLag of its Kafka scaler, offsetResetPolicy earliest) is written
-down here over what the brokers answer; the other side is `catalens_lag_records` of a worker's /metrics.
+KEDA's own arithmetic (getLagForPartition and getTotalLag of its Kafka scaler, offsetResetPolicy earliest,
+excludePersistentLag) is written down here over what the brokers answer; the other side is `catalens_lag_records` of a
+worker's /metrics. And what a worker does that KEDA's fallback starts while the brokers are away.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 import aiohttp
@@ -18,6 +20,7 @@ from aiokafka import TopicPartition as KafkaPlace
 from aiokafka.admin import AIOKafkaAdminClient  # type: ignore[import-untyped]  # it has no py.typed
 from tests.cluster import Cluster, Service, settled
 from tests.kafka import need_kafka
+from tests.models import TINY
 from tests.redis_server import need_server
 
 from catalens import events
@@ -43,6 +46,13 @@ class Keda:
     def __init__(self, admin: AIOKafkaAdminClient, reader: AIOKafkaConsumer) -> None:
         self._admin = admin
         self._reader = reader
+        self._previous: dict[TopicPartition, int] = {}
+
+    async def look(self) -> int:
+        """Return the lag that wants workers: of partitions whose offset has moved since the last look."""
+        lag, before = await self.lag(), self._previous
+        self._previous = self._committed
+        return sum(count for place, count in lag.items() if before.get(place) != self._committed[place])
 
     async def lag(self) -> dict[TopicPartition, int]:
         """Return what each trigger of k8s/components/keda adds up, by partition."""
@@ -50,6 +60,7 @@ class Keda:
         places = [KafkaPlace(topic, number) for topic in events.CONSUMED for number in range(described[topic])]
         stored = await self._admin.list_consumer_group_offsets(events.EMBEDDER_GROUP, partitions=places)
         latest = await self._reader.end_offsets(places)
+        self._committed = {TopicPartition(place.topic, place.partition): stored[place].offset for place in places}
         return {
             TopicPartition(place.topic, place.partition): latest[place]
             if stored[place].offset == _NONE
@@ -119,8 +130,12 @@ async def test_the_lag_keda_reads_is_the_lag_that_is_told(cluster: Cluster) -> N
             lag = await same(worker, keda)
             while sum(lag.values()) != 20:
                 lag = await same(worker, keda)
+            # It wants no further workers, as nothing has moved since the last look, whoever has looked …
+            assert await keda.look() == 20
+            assert await keda.look() == 0
             cluster.qdrant.refuse_writes(False)
             await settled(log)
+            assert await keda.look() == 0  # … and what has moved has none left
 
             # Scaled to zero, then from zero.
             assert await asyncio.to_thread(worker.stop) == 0
@@ -134,3 +149,62 @@ async def test_the_lag_keda_reads_is_the_lag_that_is_told(cluster: Cluster) -> N
     finally:
         await reader.stop()
         await admin.close()
+
+
+async def statuses(service: Service) -> dict[str, int]:
+    """Return what the probes and the metrics of a service answer."""
+    async with aiohttp.ClientSession() as session:
+        answers = {}
+        for path in ("/livez", "/readyz", "/metrics"):
+            async with session.get(f"{service.url}{path}") as answer:
+                answers[path] = answer.status
+        return answers
+
+
+WAITING: Final = {"/livez": 200, "/readyz": 503, "/metrics": 200}
+
+
+async def test_a_worker_that_is_started_while_its_engines_are_away_waits_for_them(cluster: Cluster) -> None:
+    cluster.qdrant.kill()
+    cluster.kafka.kill()
+    worker = cluster.prepared("embedder", CATALENS_KAFKA__REQUEST_TIMEOUT="1", CATALENS_QDRANT__TIMEOUT="1")
+    worker.launch()
+    await asyncio.to_thread(worker.said, "embedder.index_away")
+    assert await statuses(worker) == WAITING
+    await asyncio.to_thread(cluster.qdrant.start)
+    await asyncio.to_thread(worker.said, "embedder.log_away")
+    assert await statuses(worker) == WAITING
+    await asyncio.to_thread(cluster.kafka.start)
+    await asyncio.to_thread(worker.said, "process.ready")
+    assert await statuses(worker) == {**WAITING, "/readyz": 200}
+    async with cluster.log() as log:
+        made = events.new_event(Product(product_id="late", name="late", version=1), "default")
+        await log.append([events.encode(made)])
+        await settled(log)
+    assert await asyncio.to_thread(worker.stop) == 0
+
+
+@pytest.mark.parametrize("role", ["embedder", "ingest", "query"])
+async def test_a_service_that_waits_for_the_log_ends_when_it_is_told_to(role: str, tmp_path: Path) -> None:
+    service = Service(
+        f"catalens_{role}.main",
+        tmp_path,
+        role,
+        {
+            "CATALENS_DATA_DIR": str(tmp_path / "data"),
+            "CATALENS_MODEL": str(TINY),
+            "CATALENS_LOG_FORMAT": "json",
+            "CATALENS_HTTP__PORT": "0",
+            "CATALENS_KAFKA__BOOTSTRAP_SERVERS": "127.0.0.1:1",
+            "CATALENS_KAFKA__REQUEST_TIMEOUT": "1",
+        },
+    )
+    service.launch()
+    try:
+        await asyncio.to_thread(service.said, f"{role}.log_away")
+        assert await statuses(service) == WAITING
+        assert await asyncio.to_thread(service.stop) == 0
+    finally:
+        service.kill()
+    assert "process.stopped" in service.log()
+    assert "Traceback" not in service.log()

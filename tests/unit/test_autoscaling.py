@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from catalens.settings import KafkaSettings
 
 WORKER = Worker(per_second=50, start=20, rebalance=2)
-EVEN = Scaler(lag_threshold=500, polling=30, cooldown=300)
+EVEN = Scaler(lag_threshold=500, polling=30, cooldown=300, excludes=False, cached=False, phase=0)
+"""What KEDA has seen at once: what it sees and what not has tests of its own."""
 PLAIN = replace(EVEN, even=False)
 
 
@@ -88,6 +89,42 @@ def test_rounding_keeps_nobody_awake() -> None:
     idle = next(at for at, lag in enumerate(reversed(out.lag)) if lag)
     assert idle * 60 <= EVEN.cooldown + 120
     assert out.finished == pytest.approx(out.arrived)
+
+
+@pytest.mark.parametrize(
+    ("rate", "cached", "phase", "wants"),
+    [  # of 12 workers, as a model of KEDA's scaler partition by partition has it
+        (70, True, 7, 12),
+        (70, False, 1, 1),
+        (70, False, 3, 3),
+        (70, False, 12, 12),
+        (17, True, 7, 4),
+        (17, False, 1, 1),
+    ],
+)
+def test_of_a_lag_whose_partitions_move_in_turns_only_a_part_is_seen(
+    rate: float, cached: bool, phase: int, wants: int
+) -> None:
+    """One worker has 24,000 before it, which is work for twelve."""
+    scaler = Scaler(cached=cached, phase=phase)
+    waiting = Trace("backlog", [0.0] * 30 + [24_000.0] + [0.0] * 60)
+    frozen = replace(scaler, up_pods=0, up_percent=0, down_window=1)  # what is wanted is what is looked at, not done
+    told: list[int] = []
+
+    class Noting(Scaler):
+        def wanted(self, lag: float, current: int) -> int:
+            told.append(super().wanted(lag, current))
+            return told[-1]
+
+    simulate(waiting, Noting(**asdict(frozen)), Worker(per_second=rate, start=1, rebalance=0))
+    assert told[4] == wants
+
+
+def test_what_stands_still_wants_nobody_and_keeps_the_one_that_is_there() -> None:
+    stuck = simulate(Trace("stuck", [0.0] * 30 + [24_000.0]), Scaler(), Worker(per_second=1e-6, start=1))
+    assert stuck.most_workers == 1
+    assert set(stuck.workers[5:]) == {1}
+    assert simulate(Trace("stuck", [24_000.0]), Scaler(excludes=False), Worker(1e-6, start=1)).most_workers == 12
 
 
 def test_an_event_below_the_activation_waits_for_company() -> None:
@@ -184,6 +221,8 @@ def test_what_is_shipped_is_what_the_manifest_says() -> None:
         activation=int(products["activationLagThreshold"]),
         even=products["ensureEvenDistributionOfPartitions"] == "true",
         polling=spec["pollingInterval"],
+        excludes=products["excludePersistentLag"] == "true",
+        cached=next(trigger["useCachedMetrics"] for trigger in spec["triggers"] if trigger["name"] == "products"),
         cooldown=spec["cooldownPeriod"],
         fallback=spec["fallback"]["replicas"],
         up_window=behaviour["scaleUp"]["stabilizationWindowSeconds"],

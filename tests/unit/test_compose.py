@@ -151,7 +151,7 @@ def test_a_picture_store_is_opened_for_what_its_mount_allows() -> None:
     for name in ("ingest", "embedder", "query"):
         (mount,) = [volume for volume in OURS[name]["volumes"] if volume.startswith("pictures:")]
         main = (ROOT / "services" / name / f"catalens_{name}" / "main.py").read_text(encoding="utf-8")
-        (opened,) = re.findall(r"room\.blobs\((.*?)\)", main)
+        (opened,) = re.findall(r"room\.blobs\b(?:\((.*?)\))?", main)
         assert opened == ("read_only=True" if mount.endswith(":ro") else ""), name
 
 

@@ -37,8 +37,9 @@ ROOT: Final = Path(__file__).parents[2]
 K8S: Final = ROOT / "k8s"
 OVERLAYS: Final = ("dev", "prod")
 COMPONENTS: Final = tuple(sorted(path.name for path in (K8S / "components").iterdir()))
-NEEDS: Final = {"keda-sasl": "keda"}
-"""Components that change what another one brings."""
+NEEDS: Final = {"gpu": "model-cache", "keda-sasl": "keda"}
+"""Components that are nothing without another one."""
+GUIDE: Final = ROOT / "docs" / "how-to" / "kubernetes.md"
 VERSION: Final = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 CUSTOM: Final = {"keda.sh/v1alpha1", "monitoring.coreos.com/v1"}
 CLUSTER_WIDE: Final = {"Namespace"}
@@ -75,31 +76,45 @@ def kustomize() -> list[str] | None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, frozenset[str]], list[Resource]]:
-    """All resources of each build."""
-    command = kustomize()
-    if command is None:
+def command() -> list[str]:
+    """The command that builds a kustomization."""
+    found = kustomize()
+    if found is None:
         reason = "there is neither kubectl nor kustomize: run scripts/ensure-kustomize"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
+    return found
+
+
+@pytest.fixture(scope="module")
+def built(
+    command: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, frozenset[str]], list[Resource]]:
+    """All resources of each build."""
     folder = tmp_path_factory.mktemp("k8s")
 
     def build(number: int, overlay: str, more: frozenset[str]) -> list[Resource]:
-        copy = folder / str(number)
-        shutil.copytree(K8S, copy)
-        path = copy / "overlays" / overlay / "kustomization.yaml"
-        kustomization = yaml.safe_load(path.read_text(encoding="utf-8"))
-        kustomization.setdefault("components", []).extend(f"../../components/{name}" for name in sorted(more))
-        path.write_text(yaml.safe_dump(kustomization), encoding="utf-8")
-        done = subprocess.run([*command, str(path.parent)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{overlay} with {sorted(more)}: {done.stderr}"
-        shutil.rmtree(copy)
-        return list(yaml.load_all(done.stdout, Loader=_LOADER))
+        return build_copy(command, folder / str(number), overlay, more)
 
     with ThreadPoolExecutor(2) as pool:
         done = pool.map(build, itertools.count(), *zip(*BUILDS, strict=True))
         return dict(zip(BUILDS, done, strict=True))
+
+
+def build_copy(
+    command: list[str], copy: Path, overlay: str, more: frozenset[str], block: Resource | None = None
+) -> list[Resource]:
+    """Return what is built of an overlay with more components, and with a block of the guide in its kustomization."""
+    shutil.copytree(K8S, copy)
+    path = copy / "overlays" / overlay / "kustomization.yaml"
+    kustomization = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kustomization.setdefault("components", []).extend(f"../../components/{name}" for name in sorted(more))
+    path.write_text(yaml.safe_dump(kustomization | (block or {})), encoding="utf-8")
+    done = subprocess.run([*command, str(path.parent)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{overlay} with {sorted(more)}: {done.stderr}"
+    shutil.rmtree(copy)
+    return list(yaml.load_all(done.stdout, Loader=_LOADER))
 
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -351,6 +366,9 @@ def test_every_variable_is_a_setting(resources: list[Resource]) -> None:
             assert {entry["name"] for entry in container.get("env", [])} <= known, name
     for authentication in of(resources, "TriggerAuthentication"):
         keys = {entry["key"] for entry in authentication["spec"]["secretTargetRef"]}
+        assert all(f"`{key}`" in GUIDE.read_text(encoding="utf-8") for key in keys), (
+            "the Secret's keys are written down"
+        )
         assert {key for key in keys if key.startswith("CATALENS_")} <= known
 
 
@@ -372,7 +390,7 @@ def test_the_keys_file_reaches_those_that_ask_for_keys(built: dict[tuple[str, fr
         told = {name for name, template in pods(resources) if name in DEPLOYED and keys_file(template)}
         assert told == ({"catalens-ingest", "catalens-query"} if "keys-file" in components else set())
     assert {"catalens-api-keys-file", "catalens-api-keys", "catalens-engines"} <= set(
-        re.findall(r"`(catalens-[a-z-]+)`", (ROOT / "docs" / "how-to" / "kubernetes.md").read_text(encoding="utf-8"))
+        re.findall(r"`(catalens-[a-z-]+)`", GUIDE.read_text(encoding="utf-8"))
     )
 
 
@@ -440,6 +458,27 @@ def test_alerts_are_about_metrics_that_there_are(resources: list[Resource]) -> N
         assert used <= known
 
 
+def test_a_worker_that_runs_torch_has_models_that_torch_runs(resources: list[Resource]) -> None:
+    """The starter of the images is none of them."""
+    for name, template in pods(resources):
+        (container,) = template["spec"]["containers"]
+        if environment(resources, container).get("CATALENS_ENCODER__RUNTIME") == "torch":
+            assert "/data/models" in {mount["mountPath"] for mount in container["volumeMounts"]}, name
+
+
+def test_kedas_operator_is_asked_for_its_metrics(built: dict[tuple[str, frozenset[str]], list[Resource]]) -> None:
+    """As KEDA's own manifests and its chart have it: the label of the pods, and the name of the port at 8080."""
+    asked = [resource for resources in built.values() for resource in of(resources, "PodMonitor")]
+    assert asked
+    for monitor in asked:
+        assert monitor["spec"] == {
+            "namespaceSelector": {"matchNames": ["keda"]},
+            "selector": {"matchLabels": {"app": "keda-operator"}},
+            "podMetricsEndpoints": [{"port": "http", "path": "/metrics"}],
+        }
+    assert any(of(resources, "ScaledObject") and of(resources, "PodMonitor") for resources in built.values())
+
+
 def test_there_is_time_to_drain(resources: list[Resource]) -> None:
     """The worker drains, up to five seconds beyond its deadline; then open requests end, within the same deadline."""
     for deployment in of(resources, "Deployment"):
@@ -475,6 +514,8 @@ def test_keda_scales_by_the_group_and_topics_that_the_workers_read(resources: li
             assert metadata["offsetResetPolicy"] == "earliest"
             assert metadata["activationLagThreshold"] == "0"
             assert metadata["excludePersistentLag"] == metadata["ensureEvenDistributionOfPartitions"] == "true"
+            # or the autoscaler's question would be another look, and take from the next one what has moved by then
+            assert trigger["useCachedMetrics"] is True
             assert int(metadata["lagThreshold"]) > 0
             assert metadata.keys() <= KEDA_METADATA
         assert spec["minReplicaCount"] == 0
@@ -487,3 +528,59 @@ KEDA_METADATA: Final = {
     "offsetResetPolicy", "partitionLimitation", "sasl", "scaleToZeroOnInvalidOffset", "tls", "topic", "version",
 }  # fmt: skip
 """What KEDA's Kafka scaler reads (pkg/scalers/kafka_scaler.go); anything else it ignores."""
+
+
+# --- what the guide says to add -----------------------------------------------------------------------------
+
+
+def blocks(heading: str) -> list[Resource]:
+    """Return the blocks of a chapter of the guide, each as it goes into a kustomization."""
+    _, _, chapter = GUIDE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
+    indented = re.findall(r"(?:^(?:    .*)?\n)+", chapter.partition("\n## ")[0], re.MULTILINE)
+    return [yaml.safe_load(block) for block in indented if block.strip()]
+
+
+def reached(resources: list[Resource], service: str) -> set[tuple[str, int]]:
+    """Return the addresses that a service's pods may ask for pictures, those of all the Internet left out."""
+    labels = dict(pods(resources))[f"catalens-{service}"]["metadata"]["labels"]
+    return {
+        (peer["ipBlock"]["cidr"], port["port"])
+        for policy in of(resources, "NetworkPolicy")
+        if selects(policy["spec"]["podSelector"], labels)
+        for rule in policy["spec"].get("egress", [])
+        for peer in rule["to"]
+        if peer.get("ipBlock", {}).get("cidr", "/0").partition("/")[2] != "0"
+        for port in rule["ports"]
+    }
+
+
+def test_workload_identity_reaches_what_it_asks_and_nothing_else(command: list[str], tmp_path: Path) -> None:
+    found = []
+    for block in blocks("An object store without keys"):
+        resources = build_copy(command, tmp_path / "k8s", "prod", frozenset(), block)
+        test_kubernetes_takes_it(resources)
+        accounts, ways, labels = set(), set(), set()
+        for service in SERVICES:
+            account = named(resources, "ServiceAccount", f"catalens-{service}")
+            accounts.update(account["metadata"].get("annotations", {}))
+            ways |= reached(resources, service)
+            labels.update(dict(pods(resources))[f"catalens-{service}"]["metadata"]["labels"].items())
+        assert not named(resources, "ServiceAccount", "catalens-topics")["metadata"].get("annotations")
+        found.append((accounts, ways, ("azure.workload.identity/use", "true") in labels))
+    assert found == [
+        ({"azure.workload.identity/client-id"}, set(), True),
+        (set(), {("169.254.170.23/32", 80)}, False),
+        ({"eks.amazonaws.com/role-arn"}, set(), False),
+        ({"iam.gke.io/gcp-service-account"}, {("169.254.169.254/32", 80), ("169.254.169.252/32", 988)}, False),
+    ]
+
+
+def test_prometheus_operators_find_what_carries_their_label(command: list[str], tmp_path: Path) -> None:
+    (block,) = blocks("Prometheus")
+    resources = build_copy(command, tmp_path / "k8s", "prod", frozenset({"monitoring"}), block)
+    (pairs,) = [entry["pairs"] for entry in block["labels"]]
+    for kind in ("ServiceMonitor", "PodMonitor", "PrometheusRule"):
+        (one,) = of(resources, kind)
+        assert pairs.items() <= one["metadata"]["labels"].items()
+    for _, template in pods(resources):
+        assert not pairs.keys() & template["metadata"]["labels"].keys()

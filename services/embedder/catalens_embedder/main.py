@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 
 import structlog
 
@@ -14,6 +15,7 @@ from catalens.generations import Encoders, Generation, Generations
 from catalens.lifecycle import run_service, stop_on_signals, supervise
 from catalens.retry import SystemClock
 from catalens.settings import Settings
+from catalens.starting import Starting
 from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
 from catalens_embedder.housekeeping import keep_house
@@ -26,18 +28,20 @@ log = structlog.get_logger(__name__)
 async def serve(settings: Settings) -> None:
     """Turn events into vectors until SIGTERM or SIGINT, then drain, commit and leave the group.
 
-    Raises as EngineRoom, Generations.open and `serving`, Misconfigured without a picture tower, and FailingWorker when
-    too much ends as dead letters.
+    Engines that are away are waited for. Raises as EngineRoom, Generations.open and `serving`, Misconfigured without a
+    picture tower, FailingWorker when too much ends as dead letters, and Stopped.
     """
     require_pictures(settings)
     metrics = Metrics()
-    async with (
-        stop_on_signals() as stop,
-        EngineRoom(settings) as room,
-        Generations.open(settings, Encoders(settings, metrics), await room.indexes()) as generations,
-    ):
-        indexes, events = await room.indexes(), await room.log()
-        cache, blobs, images = await room.cache(), await room.blobs(), await room.images()
+    async with stop_on_signals() as stop, EngineRoom(settings) as room, AsyncExitStack() as stack:
+        async with Starting("embedder", settings, metrics, stop) as there:
+            indexes = await there("index", room.indexes)
+            encoders = Encoders(settings, metrics)
+            generations = await there(
+                "index", lambda: stack.enter_async_context(Generations.open(settings, encoders, indexes))
+            )
+            events, blobs = await there("log", room.log), await there("pictures", room.blobs)
+            cache, images = await room.cache(), await room.images()
 
         def employ(generation: Generation) -> Embedder:
             return Embedder(

@@ -11,6 +11,7 @@ from catalens.encoders.bundle import Bundle, read_manifest, resolve
 from catalens.engines import EngineRoom
 from catalens.lifecycle import run_service, stop_on_signals, supervise
 from catalens.settings import Settings
+from catalens.starting import Starting
 from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
 from catalens_ingest.service import BundleInfo, IngestService
@@ -19,13 +20,18 @@ log = structlog.get_logger(__name__)
 
 
 async def serve(settings: Settings) -> None:
-    """Take events over HTTP until SIGTERM or SIGINT, then drain; raises as EngineRoom and `serving`."""
+    """Take events over HTTP until SIGTERM or SIGINT, then drain.
+
+    Engines that are away are waited for. Raises as EngineRoom and `serving`, and Stopped.
+    """
     metrics = Metrics()
     spec = await asyncio.to_thread(_spec, settings)
     async with stop_on_signals() as stop, EngineRoom(settings) as room:
+        async with Starting("ingest", settings, metrics, stop) as there:
+            events, blobs = await there("log", room.log), await there("pictures", room.blobs)
         ingest = IngestService(
-            log=await room.log(),
-            blobs=await room.blobs(),
+            log=events,
+            blobs=blobs,
             images=await room.images(),
             memory=await room.memory(),
             bundle=lambda: BundleInfo(spec.family, spec.dimension),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+
 import structlog
 
 from catalens.engines import EngineRoom
 from catalens.generations import Encoders, Generation, Generations
 from catalens.lifecycle import run_service, started, stop_on_signals, supervise
 from catalens.settings import Settings
+from catalens.starting import Starting
 from catalens.telemetry import Metrics
 from catalens.web import build_app, serving
 from catalens_query.current import CurrentQuery
@@ -18,15 +21,21 @@ log = structlog.get_logger(__name__)
 
 
 async def serve(settings: Settings) -> None:
-    """Answer searches until SIGTERM or SIGINT, then finish those in work; raises as `Generations.open`."""
+    """Answer searches until SIGTERM or SIGINT, then finish those in work.
+
+    Engines that are away are waited for. Raises as EngineRoom, `Generations.open` and `serving`, and Stopped.
+    """
     metrics = Metrics()
-    async with (
-        stop_on_signals() as stop,
-        EngineRoom(settings) as room,
-        Generations.open(settings, Encoders(settings, metrics), await room.indexes()) as generations,
-    ):
-        cache, images, events = await room.cache(), await room.images(), await room.log()
-        blobs = await room.blobs(read_only=True)
+    async with stop_on_signals() as stop, EngineRoom(settings) as room, AsyncExitStack() as stack:
+        async with Starting("query", settings, metrics, stop) as there:
+            indexes = await there("index", room.indexes)
+            encoders = Encoders(settings, metrics)
+            generations = await there(
+                "index", lambda: stack.enter_async_context(Generations.open(settings, encoders, indexes))
+            )
+            blobs = await there("pictures", lambda: room.blobs(read_only=True))
+            events = await there("log", room.log)
+            cache, images = await room.cache(), await room.images()
 
         vocabularies = Vocabularies(settings.languages)
 
