@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from catalens.domain import Facts, LegHit
-from catalens_query.ordering import Boost, Boosts, Groups, Pictures, Sort, boosted, diverse, sorted_by
+from catalens_query.ordering import EQUAL_PICTURES, Boost, Boosts, Groups, Pictures, Sort, boosted, diverse, sorted_by
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -92,6 +94,30 @@ def test_equal_pictures_are_one_and_what_has_none_stands_alone() -> None:
     assert ids(pictures.first(HITS, vectors)) == "acd"
     later = {"e": {"image": unit(1, 0)}, "f": {"image": unit(1, 0.1)}, "g": {"image": unit(1, 0.1)}}
     assert ids(pictures.first([LegHit(name, 0.1) for name in "efg"], later)) == "f"
+
+
+@given(
+    chunks=st.lists(st.lists(st.none() | st.integers(0, 12), max_size=8), max_size=5),
+    near=st.sampled_from([0.0, 0.005]),
+)
+def test_chunk_by_chunk_the_pictures_are_those_that_are_compared_one_by_one(
+    chunks: list[list[int | None]], near: float
+) -> None:
+    # Of 13 angles, some so near to one another that neighbours are equal and the next but one is not.
+    pictures, let_through = Pictures(), list[np.ndarray]()
+    for number, chunk in enumerate(chunks):
+        hits = [LegHit(f"{number}.{place}", 0.5) for place in range(len(chunk))]
+        vectors = {
+            hit.product_id: {"text": unit(1, 0)} if angle is None else {"image": unit(1, angle * 0.01 + near)}
+            for hit, angle in zip(hits, chunk, strict=True)
+        }
+        expected = []
+        for hit in hits:
+            picture = vectors[hit.product_id].get("image")
+            if picture is None or all(float(one @ picture) < EQUAL_PICTURES for one in let_through):
+                expected.append(hit)
+                let_through += [] if picture is None else [picture]
+        assert pictures.first(hits, vectors) == expected
 
 
 def test_without_diversity_the_order_is_the_rankings() -> None:

@@ -5,21 +5,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from catalens.domain import FacetCount, FacetKey, Facts, Filter, Leg, LegHit, ModelSpec, Product, StoredProduct
 from catalens.embedding import CachedEncoder
 from catalens.engines.memory import MemoryCache
 from catalens.errors import CatalensError, Overloaded, Transient
+from catalens.lexical import query_vector
 from catalens.ports import EncodedImage
 from catalens.telemetry import Metrics
 from catalens_query.planner import RequestMode
-from catalens_query.searching import Order, Search, Searcher, Term
+from catalens_query.searching import Order, Search, Searcher, Term, beginnings
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -88,7 +92,8 @@ class OneProductIndex:
 def searcher(error: CatalensError | None) -> Searcher:
     metrics = Metrics()
     encoder = CachedEncoder(AwayEncoder(error), MemoryCache(10), metrics)
-    return Searcher(OneProductIndex(), encoder, metrics, encoder_patience=0.01)  # type: ignore[arg-type]  # reads only
+    patience = 0.01 if error is None else None  # an error is told however busy the machine is
+    return Searcher(OneProductIndex(), encoder, metrics, encoder_patience=patience)  # type: ignore[arg-type]  # reads only
 
 
 def search(mode: RequestMode, *, words: str | None = "red shoe", picture: bytes | None = None) -> Search:
@@ -127,6 +132,124 @@ async def test_a_cancelled_search_is_cancelled_and_not_degraded() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+# --- long texts -------------------------------------------------------------------------------------------------
+
+TEXTS = st.lists(st.text("ab \n", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=5)
+
+
+@given(texts=TEXTS, most=st.integers(5, 100))
+def test_of_a_long_text_whole_words_of_its_beginning_are_looked_up(texts: list[str], most: int) -> None:
+    terms = tuple(Term(text, number) for number, text in enumerate(texts))
+    kept = beginnings(terms, most)
+    assert [one.weight for one in kept] == [one.weight for one in terms]
+    if sum(map(len, texts)) <= most:
+        assert kept == terms
+        return
+    assert sum(len(one.text) for one in kept) <= most
+    for one, text in zip(kept, texts, strict=True):
+        words, whole = one.text.split(), text.split()
+        assert words[1:] == whole[1 : len(words)]
+        assert words[:1] == whole[:1] or whole[0].startswith(words[0])  # a word that is too long for all is cut
+        assert len(text) > most // len(texts) or one.text == text
+
+
+def test_what_short_texts_leave_is_the_long_ones() -> None:
+    kept = beginnings((Term("a " * 50), Term("red"), Term("b " * 50)), 42)
+    assert [len(one.text.split()) for one in kept] == [10, 1, 10]
+
+
+class ListeningEncoder(AwayEncoder):
+    """An encoder that keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    async def embed_text(self, text: str, *, bulk: bool = False) -> Embedding:
+        self.texts.append(text)
+        return np.array([1.0, 0.0], np.float32)
+
+
+class ListeningIndex(OneProductIndex):
+    """An index that keeps the legs it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.legs: list[Leg] = []
+
+    async def search(self, tenant: str, legs: Sequence[Leg], where: Filter) -> Sequence[Sequence[LegHit]]:
+        self.legs += legs
+        return await super().search(tenant, legs, where)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "semantic"])
+async def test_the_encoder_gets_a_long_text_whole_and_the_index_the_words_of_its_beginning(mode: RequestMode) -> None:
+    index, listening, metrics = ListeningIndex(), ListeningEncoder(), Metrics()
+    encoder = CachedEncoder(listening, MemoryCache(100), metrics)
+    searcher = Searcher(index, encoder, metrics)  # type: ignore[arg-type]  # reads only
+    text = " ".join(f"word{number}" for number in range(1_200))
+    await searcher.search("default", search(mode, words=text))
+    assert listening.texts == [text]
+    asked = [leg.vector for leg in index.legs if leg.using == "lexical"]
+    head = text[: text.rindex(" ", 0, 2_001)]
+    assert asked == [query_vector(head)] * (mode == "hybrid")
+
+
+# --- work that takes long ---------------------------------------------------------------------------------------
+
+
+class Hits(list[LegHit]):
+    """Hits that note which thread goes through them."""
+
+    def __init__(self, hits: Iterable[LegHit], threads: set[int]) -> None:
+        super().__init__(hits)
+        self._threads = threads
+
+    def __iter__(self) -> Iterator[LegHit]:
+        self._threads.add(threading.get_ident())
+        return super().__iter__()
+
+
+class Vectors(dict[str, "Embedding"]):
+    """A product's vectors, which note which thread takes one."""
+
+    threads: set[int]
+
+    def __getitem__(self, name: str) -> Embedding:
+        self.threads.add(threading.get_ident())
+        return super().__getitem__(name)
+
+
+class LargeIndex(OneProductIndex):
+    """An index with so many products that have the same picture, and what goes through them."""
+
+    def __init__(self, products: int) -> None:
+        super().__init__()
+        self.fusing: set[int] = set()
+        self._names = [f"p{number}" for number in range(products)]
+        self.vectors = Vectors(image=np.array([1.0, 0.0], np.float32))
+        self.vectors.threads = set()
+
+    async def search(self, tenant: str, legs: Sequence[Leg], where: Filter) -> Sequence[Sequence[LegHit]]:
+        return [Hits((LegHit(name, 1.0) for name in self._names), self.fusing) for _ in legs]
+
+    async def get(
+        self, tenant: str, product_ids: Sequence[str], *, with_vectors: bool = False
+    ) -> Mapping[str, StoredProduct]:
+        (stored,) = (await super().get(tenant, ["p"])).values()
+        return {name: replace(stored, vectors=self.vectors) for name in product_ids}
+
+
+async def test_long_lists_are_fused_and_pictures_compared_beside_the_loop() -> None:
+    index, metrics = LargeIndex(600), Metrics()
+    searcher = Searcher(index, CachedEncoder(ListeningEncoder(), MemoryCache(10), metrics), metrics)  # type: ignore[arg-type]  # reads only
+    asked = replace(search("semantic"), order=Order(group_by="image"))
+    assert len((await searcher.search("default", asked)).hits) == 1
+    for threads in (index.fusing, index.vectors.threads):
+        assert threads
+        assert threading.get_ident() not in threads
 
 
 # --- parts of the index that are late or away -------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import islice, permutations
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from catalens.domain import DEFAULT_LANGUAGES, Product
 from catalens.lexical import fold, stems
-from catalens_query.vocabulary import LONGEST, SHORTEST, Tally, Vocabulary, read
+from catalens_query.vocabulary import LONGEST, MOST_READ, SHORTEST, Tally, Vocabulary, read
 
 WORDS = st.text("abcdeé", min_size=1, max_size=12)
 
@@ -20,6 +23,23 @@ def vocabulary(*names: str, description: str = "", most_words: int = 1000) -> Vo
         for number, name in enumerate(names)
     )
     return tally.vocabulary()
+
+
+class Counting(Vocabulary):
+    """A vocabulary that notes which words it was asked to correct."""
+
+    def __init__(self, *names: str) -> None:
+        self.asked: list[str] = []
+        vars(self).update(vars(vocabulary(*names)))
+
+    def corrections(self, word: str) -> tuple[str, ...]:
+        self.asked.append(word)
+        return super().corrections(word)
+
+
+def strange(number: int) -> list[str]:
+    """Return so many words of five letters that are near to no word and to none of each other."""
+    return ["q" + "".join(letters) for letters in islice(permutations("bcdfghjk", 4), number)]
 
 
 def edits(one: str, other: str) -> int:
@@ -166,6 +186,36 @@ def test_how_a_query_is_read(text: str, reading: str | None) -> None:
     assert (found and found.text) == reading
 
 
+@pytest.mark.parametrize("unknown", [0, 3, MOST_READ // 2])
+def test_of_a_long_text_the_first_words_are_read_and_the_others_stand(unknown: int) -> None:
+    known = Counting("leather shoes", *strange(200))
+    asked = strange(200)[: MOST_READ - 1 - unknown] + ["zzzzz" + word for word in strange(unknown)]
+    reading = read(" ".join(["sheos", *asked, "leathr", "leathr"]), known)
+    assert reading is not None
+    assert reading.text.split() == ["shoes", *asked, "leathr", "leathr"]
+    assert len(known.asked) == 1 + unknown
+    assert read("leather sheos", known, 1) is None
+    assert read("leather leather sheos", known, 2) is not None  # a word counts once
+
+
+def test_of_what_may_be_another_language_few_words_are_looked_up() -> None:
+    known = Counting("leather shoes", "hiver")
+    assert read(" ".join(strange(1_000)), known) is None
+    assert len(known.asked) == MOST_READ
+    known.asked.clear()
+    assert read(" ".join(["aleather", "bleather", *strange(20)]), known) is None
+    assert known.asked == ["aleather", "bleather"]  # two slips are one too many, whatever comes after them
+
+
+def test_a_word_is_compared_with_the_most_frequent_of_those_that_have_its_letters() -> None:
+    words = ["".join(letters) for letters in islice(permutations("abcdefghi"), 8_000)]
+    counts = Counter({word: 10_000 - number for number, word in enumerate(words)})
+    known = Vocabulary(counts, counts, {}, [], DEFAULT_LANGUAGES, 10_000)
+    for word in (words[0], words[3_000]):
+        assert word in known.corrections(word[1] + word[0] + word[2:] + "x") + known.corrections(word + "x")
+    assert words[-1] not in known.corrections(words[-1] + "x")
+
+
 def test_french_with_its_apostrophe_and_without_its_accents() -> None:
     known = vocabulary("Écharpe rouge", "L'été")
     for text in ("l'echarpe rouje", "l’écharppe rouge", "d’echarpe ruoge"):
@@ -192,6 +242,15 @@ def test_how_much_of_a_query_the_catalogue_knows() -> None:
     assert share("red shirt zzzz") > share("shirt zzzz yyyy")
     assert share("red shirt XJ-9 4711") == 1.0  # codes that nobody has are nothing that vectors know
     assert share("zzzz") == share("") == 1.0  # what is found all the same is newer than the words
+
+
+def test_of_a_long_text_the_first_words_say_how_much_the_catalogue_knows() -> None:
+    known = vocabulary(*strange(60))
+    assert list(known.spreads(" ".join(strange(60))).values()) == [1] * MOST_READ
+    # A compound takes as many look-ups as it has parts, and one for the whole.
+    assert len(known.spreads("ab-cd-ef " * 30)) == 1
+    assert len(known.spreads(" ".join(f"ab-cd-{word}" for word in strange(30)))) == MOST_READ // 4
+    assert known.spreads("-".join(strange(MOST_READ))) == {}
 
 
 @pytest.mark.parametrize(

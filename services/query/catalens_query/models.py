@@ -134,7 +134,8 @@ class SearchRequest(Value):
 
     query: Words | Annotated[list[QueryTerm], Field(min_length=1, max_length=16)] | None = Field(
         default=None,
-        description="words, in any language of the model; or several, each with its weight",
+        description="words, in any language of the model; or several, each with its weight. Of all together 2,000 "
+        "characters are looked up as words, the first of each; the model gets the whole text",
         examples=["red shoe", [{"text": "red dress"}, {"text": "stripes", "weight": -0.5}]],
     )
     image: PictureInput | None = None

@@ -16,6 +16,8 @@ from catalens.domain import Facts, LegHit
 from catalens_query.filters import ATTRIBUTE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from catalens.domain import Embedding
 
 Sort: TypeAlias = Literal["relevance", "price_asc", "price_desc", "newest"]
@@ -123,24 +125,28 @@ class Pictures:
     """Lets through the first product of each picture, in order; a product without a picture stands alone."""
 
     def __init__(self) -> None:
-        self._seen: list[Embedding] = []
+        self._seen: NDArray[np.float32] | None = None
+        """The pictures that were let through, a row each."""
 
     def first(self, hits: Sequence[LegHit], vectors: Mapping[str, Vectors]) -> list[LegHit]:
         """Return those of `hits` whose picture equals none that was let through before."""
-        kept = []
-        before = np.array(self._seen) if self._seen else None
-        new: list[Embedding] = []
-        for hit in hits:
-            picture = vectors.get(hit.product_id, {}).get("image")
-            if picture is not None:
-                if before is not None and float((before @ picture).max()) >= EQUAL_PICTURES:
-                    continue
-                if new and float((np.array(new) @ picture).max()) >= EQUAL_PICTURES:
-                    continue
-                new.append(picture)
-            kept.append(hit)
-        self._seen += new
-        return kept
+        places = [place for place, hit in enumerate(hits) if "image" in vectors.get(hit.product_id, {})]
+        if not places:
+            return list(hits)
+        pictures = np.array([vectors[hits[place].product_id]["image"] for place in places])
+        alike = pictures @ pictures.T >= EQUAL_PICTURES
+        seen = np.zeros(len(places), bool)
+        if self._seen is not None:
+            seen |= (pictures @ self._seen.T >= EQUAL_PICTURES).any(axis=1)
+        new: list[int] = []
+        for row in range(len(places)):
+            if not seen[row]:
+                new.append(row)
+                seen |= alike[row]
+        fresh = pictures[new]
+        self._seen = fresh if self._seen is None else np.concatenate((self._seen, fresh))
+        dropped = {*places} - {places[row] for row in new}
+        return [hit for place, hit in enumerate(hits) if place not in dropped]
 
 
 def diverse(hits: Sequence[LegHit], vectors: Mapping[str, Vectors], diversity: float) -> list[LegHit]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 
 import structlog
@@ -54,7 +56,7 @@ from catalens_query.planner import (
     similar_legs,
 )
 from catalens_query.vocabularies import Vocabularies
-from catalens_query.vocabulary import Reading, Vocabulary, read
+from catalens_query.vocabulary import MOST_READ, Reading, Vocabulary, read
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
@@ -77,12 +79,17 @@ _MOST_WORDS: Final = 32
 """Words of a query that are looked at one by one."""
 _COMMON: Final = 20
 """Products with a number or a letter that make it common; rarer ones are counted."""
+_MOST_CHARACTERS: Final = 2_000
+"""Characters of a query that are looked up as words, the first; the encoder gets them all."""
+_PARTIAL: Final = re.compile(r"\s\S*\Z")
 _SHORT: Final = 100
 """Characters of a query that are read within a millisecond where all of its words are known, mostly a tenth."""
 _CHUNK: Final = 500
 """Products about which the index is asked at once, at most."""
 _LEAST_CHUNK: Final = 50
 """The same, at least, where a page of groups is filled bit by bit."""
+_LONG: Final = 1_000
+"""Hits that are fused in a few milliseconds; of more a thread does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +327,7 @@ class Searcher:
             try:
                 with stage(self._metrics.search_stages, "encode"):
                     # Beside words, what was written: a correction may be wrong, and the words do without it (ADR 21).
-                    either = search.words if words.read == search.words else (*search.words, *words.read)
+                    either = search.words if words.read == words.looked_up else (*search.words, *words.read)
                     asked = replace(search, words=either) if chosen.mode == "semantic" else search
                     dense = await self._query_vectors(tenant, asked)
             except (Transient, NotLoaded) as error:
@@ -361,7 +368,7 @@ class Searcher:
         )
 
     async def _words(self, tenant: str, search: Search) -> _Words:
-        words, vocabulary = search.words, self._vocabularies.of(tenant)
+        words, vocabulary = beginnings(search.words, _MOST_CHARACTERS), self._vocabularies.of(tenant)
         short = sum(len(term.text) for term in words) <= _SHORT  # a thread would cost more than it saves
         if short and (vocabulary is None or all(vocabulary.covers(term.text) for term in words)):
             return _read(words, vocabulary, self._languages, correct=search.correct)
@@ -477,7 +484,9 @@ class Searcher:
         for depth in depths:
             lists = await self._lists(tenant, legs, where, depth)
             with stage(self._metrics.search_stages, "fuse"):
-                found = fusion.fuse(lists, calibrate=bool(order.boosts))
+                long = sum(len(one.hits) for one in lists) > _LONG
+                fuse = partial(fusion.fuse, lists, calibrate=bool(order.boosts))
+                found = await asyncio.to_thread(fuse) if long else fuse()
             if order.min_score is not None:
                 ranking.relevance = await self._relevance(tenant, legs, lists, words)
                 found = [hit for hit in found if ranking.relevance[hit.product_id] >= order.min_score]
@@ -587,7 +596,7 @@ class Searcher:
                     await self._learn(tenant, [name for name in names if name not in ranking.facts], ranking)
                     kept += groups.first(some, group_of)
                 else:
-                    kept += pictures.first(some, await self._vectors(tenant, names))
+                    kept += await asyncio.to_thread(pictures.first, some, await self._vectors(tenant, names))
             return kept
 
         return collapse
@@ -692,6 +701,22 @@ def _depths(legs: Sequence[WeightedLeg], order: Order) -> Sequence[int]:
     return (SORTED_LEXICAL if all(leg.using == "lexical" for leg in legs) else SORTED,)
 
 
+def beginnings(words: tuple[Term, ...], most: int) -> tuple[Term, ...]:
+    """Return the words if they have at most so many characters together, else whole words of the beginning of each.
+
+    Each has the same share of `most`; what the short ones leave is the long ones'.
+    """
+    kept, left = list(words), most
+    by_length = sorted(range(len(words)), key=lambda number: len(words[number].text))
+    for longer, number in zip(range(len(words), 0, -1), by_length, strict=True):
+        text, share = words[number].text, left // longer
+        if len(text) > share:
+            text = _PARTIAL.sub("", text.lstrip()[: share + 1])[:share]
+            kept[number] = replace(words[number], text=text)
+        left -= len(text)
+    return tuple(kept)
+
+
 def _weighted(term: Term, languages: tuple[Language, ...]) -> list[tuple[SparseVector, float]]:
     """Return each word of the term on its own, as heavy as the term makes it."""
     return [
@@ -705,6 +730,8 @@ class _Words:
     """The words of a search as they were read."""
 
     vector: SparseVector
+    looked_up: tuple[Term, ...]
+    """As they were written, of a long text the beginning."""
     read: tuple[Term, ...]
     """With the likeliest correction of each that seemed misspelt."""
     corrected: str | None = None
@@ -730,17 +757,18 @@ def _read(
     words: tuple[Term, ...], vocabulary: Vocabulary | None, languages: tuple[Language, ...], *, correct: bool
 ) -> _Words:
     """Return the words with what may, if `correct`, have been meant by those that the catalogue does not know."""
-    readings = [read(one.text, vocabulary) if vocabulary is not None and correct else None for one in words]
+    most = MOST_READ // max(1, len(words))
+    readings = [read(one.text, vocabulary, most) if vocabulary is not None and correct else None for one in words]
     vector = _lexical(words, readings, languages)
     if not any(readings):
-        return _Words(vector, words, None, *_spreads(words, vocabulary))
+        return _Words(vector, words, words, None, *_spreads(words, vocabulary))
     read_as = tuple(
         one if reading is None else replace(one, text=reading.text)
         for one, reading in zip(words, readings, strict=True)
     )
     corrected = " ".join(one.text for one in read_as if one.weight > 0)
     changed = any(reading is not None and one.weight > 0 for one, reading in zip(words, readings, strict=True))
-    return _Words(vector, read_as, corrected if changed else None, *_spreads(read_as, vocabulary))
+    return _Words(vector, words, read_as, corrected if changed else None, *_spreads(read_as, vocabulary))
 
 
 def _spreads(

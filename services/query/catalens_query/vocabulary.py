@@ -10,8 +10,9 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
@@ -34,6 +35,11 @@ _TWO_EDITS: Final = 8
 """Letters of a word in which two edits are believed."""
 _CORRECTIONS: Final = 2
 """Corrections of one word at most, the most frequent."""
+MOST_READ: Final = 48
+"""Words of a query that are looked up, the first; each may cost a millisecond, and what is pasted has thousands."""
+_MOST_COMPARED: Final = 600_000
+"""Pairs of letters that are compared for one word: of nine letters with 6,000 others, the most frequent. Among 100,000
+words of a language hardly ever more have enough of its letters; where a catalogue is filled with anagrams all have."""
 _FAMILY: Final = 32
 """Words that begin with a stem which are asked whether it is theirs."""
 
@@ -142,12 +148,15 @@ class Vocabulary:
     def spreads(self, text: str) -> dict[Written, int]:
         """Return for each written word of `text` that says something how many products have it; 0: none.
 
-        By its stem at least, and in whichever way most products have it. Codes, numbers and letters are in no
-        vocabulary, nor is what is newer than the reading.
+        By its stem at least, and in whichever way most products have it; only of the first, which take `MOST_READ`
+        look-ups together. Codes, numbers and letters are in no vocabulary, nor is what is newer than the reading.
         """
+        words = written(text, self.languages)
+        looked_up = accumulate(sum(map(len, word.ways)) for word in words)
         return {
             word: max(min(self._spread(fold(one)) for one in way) for way in word.ways)
-            for word in written(text, self.languages)
+            for word, so_far in zip(words, looked_up, strict=True)
+            if so_far <= MOST_READ
         }
 
     def lacks(self, word: Written) -> list[str]:
@@ -243,6 +252,9 @@ class Vocabulary:
         # An edit changes the length by one and two of the letters at most: few words are left to be compared.
         changed = np.bitwise_count(np.uint64(_letters(word)) ^ self._letters)
         (rough,) = np.nonzero((np.abs(self._lengths - len(word)) <= edits) & (changed <= 2 * edits))
+        most = _MOST_COMPARED // (len(word) * (len(word) + edits))
+        if len(rough) > most:
+            rough = rough[np.argpartition(-self._counts[rough], most)[:most]]
         table = _edits(word, [self._words[at] for at in rough], len(word) + edits)
         distances = table[self._lengths[rough], np.arange(len(rough))]
         order = np.lexsort((rough, -self._counts[rough], distances))
@@ -268,29 +280,24 @@ class Vocabulary:
         return found
 
 
-def read(text: str, vocabulary: Vocabulary) -> Reading | None:
+def read(text: str, vocabulary: Vocabulary, most: int = MOST_READ) -> Reading | None:
     """Return how to read a text with words that the catalogue does not know; None if it stands as it is.
 
-    Only words of letters, never a part of something with digits. Where more words are unknown than known it may be
-    another language: then one slip is believed, in a word that is not of the shortest; of more, nothing is corrected.
+    Only words of letters, never a part of something with digits, and the first `most` of them: the others stand as they
+    are. Where more words are unknown than known it may be another language: then one slip is believed, in a word that
+    is not of the shortest; of more, nothing is corrected.
     """
-    silent = stop_words(vocabulary.languages)
     text = unicodedata.normalize("NFKC", text)
-    telling = {
-        fold(word)
-        for chunk in _CHUNK.findall(text.casefold())
-        if not any(character.isdigit() for character in chunk)
-        for word in _LETTERS.findall(chunk)
-        if len(word) >= SHORTEST and word not in silent
-    }
-    unknown = {word for word in telling if not vocabulary.knows(word)}
+    telling = list(islice(_telling(text, stop_words(vocabulary.languages)), most))
+    unknown = sorted(word for word in telling if not vocabulary.knows(word))
     foreign = len(unknown) > max(1, len(telling) - len(unknown))
-    found = {
-        word: corrections
-        for word in sorted(unknown)
-        if (not foreign or len(word) > SHORTEST) and (corrections := vocabulary.corrections(word))
-    }
-    if not found or (foreign and len(found) > 1):
+    found: dict[str, tuple[str, ...]] = {}
+    for word in unknown:
+        if (not foreign or len(word) > SHORTEST) and (corrections := vocabulary.corrections(word)):
+            if foreign and found:
+                return None
+            found[word] = corrections
+    if not found:
         return None
 
     def corrected(match: re.Match[str]) -> str:
@@ -303,6 +310,18 @@ def read(text: str, vocabulary: Vocabulary) -> Reading | None:
 
     meant = tuple(dict.fromkeys(word for corrections in found.values() for word in corrections))
     return Reading(_CHUNK.sub(chunk, text), meant)
+
+
+def _telling(text: str, silent: Collection[str]) -> Iterator[str]:
+    """Return the words of letters of a text that say something and are not short, folded, each once."""
+    seen: set[str] = set()
+    for chunk in _CHUNK.finditer(text.casefold()):
+        if not any(character.isdigit() for character in chunk[0]):
+            for found in _LETTERS.finditer(chunk[0]):
+                word = fold(found[0])
+                if len(found[0]) >= SHORTEST and found[0] not in silent and word not in seen:
+                    seen.add(word)
+                    yield word
 
 
 def _is_letters(word: str) -> bool:
