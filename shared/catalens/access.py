@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -22,6 +23,25 @@ TENANT: Final = web.RequestKey("tenant", str)
 ALLOWANCE: Final = web.RequestKey("allowance", Allowance)
 _ALLOWED_HEADERS: Final = "Authorization, Content-Type, Idempotency-Key, X-API-Key, X-Request-Id"
 _SHOWN_HEADERS: Final = "ETag, RateLimit, RateLimit-Policy, Retry-After, X-Request-Id"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Where a request is counted."""
+
+    limiter: RateLimiter
+    client: str
+    rate: float
+
+
+_BUCKET: Final = web.RequestKey("bucket", _Bucket)
+
+
+async def counts_as(request: web.Request, requests: int) -> None:
+    """Count a request that was let in, and holds several, as so many: those after it wait the longer."""
+    if _BUCKET in request and requests > 1:
+        bucket = request[_BUCKET]
+        request[ALLOWANCE] = await bucket.limiter.owe(bucket.client, bucket.rate, requests - 1)
 
 
 class Door:
@@ -116,7 +136,8 @@ class Door:
             raise Problem(403, f"this takes a key with the scope {operation.access}, yours has: {has}", kind="scope")
         if key.rate is None:
             return
-        allowance = request[ALLOWANCE] = await self._limiter.take(f"{key.tenant}|{key.name}", key.rate)
+        bucket = request[_BUCKET] = _Bucket(self._limiter, f"{key.tenant}|{key.name}", key.rate)
+        allowance = request[ALLOWANCE] = await self._limiter.take(bucket.client, bucket.rate)
         if not allowance.granted:
             raise Problem(
                 429,

@@ -26,6 +26,7 @@ class Allowance:
 
     granted: bool
     left: float
+    """Below 0 while a batch is being paid off."""
     rate: float
 
     @property
@@ -53,13 +54,26 @@ class TokenBuckets:
 
     async def take(self, client: str, rate: float) -> Allowance:
         """See RateLimiter."""
+        left = self._left(client, rate)
+        if left < WHOLE:
+            return Allowance(False, left, rate)
+        left = max(0.0, left - 1)
+        self._held[client] = left, self._held[client][1]
+        return Allowance(True, left, rate)
+
+    async def owe(self, client: str, rate: float, requests: int) -> Allowance:
+        """See RateLimiter."""
+        left = self._left(client, rate) - requests
+        self._held[client] = left, self._held[client][1]
+        return Allowance(True, left, rate)
+
+    def _left(self, client: str, rate: float) -> float:
+        """Fill the bucket up to now and return what it holds."""
         now, most = self._now(), capacity(rate)
         left, since = self._held.get(client, (most, now))
-        left = min(most, left + (now - since) * rate)
-        granted = left >= WHOLE
-        left = max(0.0, left - granted)
+        left = min(most, left + max(0.0, now - since) * rate)
         self._held[client] = left, now
-        return Allowance(granted, left, rate)
+        return left
 
     async def close(self) -> None:
         """Nothing is held but numbers."""

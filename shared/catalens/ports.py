@@ -417,6 +417,11 @@ class RateLimiter(Protocol):
         """Grant one request if the client's bucket, which `rate` tokens a second flow into, holds one."""
         ...
 
+    async def owe(self, client: str, rate: float, requests: int) -> Allowance:
+        """Take so many tokens more for a request that was granted, whether they are there or not: what comes next waits
+        until they are."""
+        ...
+
     async def close(self) -> None:
         """Release."""
         ...

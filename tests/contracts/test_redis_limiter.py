@@ -54,6 +54,30 @@ async def test_what_flows_in_is_granted(server: RedisServer) -> None:
         assert 5 <= granted <= 6
 
 
+async def test_what_one_process_owes_the_others_wait_for(server: RedisServer) -> None:
+    async with opened(server) as first, opened(server) as second:
+        assert (await first.take("shop", 2.0)).granted
+        owed = await first.owe("shop", 2.0, 63)
+        assert owed.granted
+        assert -54 <= owed.left < -40  # less what flows in meanwhile
+        refused = await second.take("shop", 2.0)
+        assert not refused.granted
+        assert 20 < refused.retry_after <= 28
+        assert (await second.owe("shop", 2.0, 60)).left < -80  # let in before the first was counted
+        with server.client() as client:
+            (key,) = client.keys("catalens:v1:rate:*")
+            assert client.pttl(key) > 25_000  # forgotten it would be full
+        assert (await second.take("other", 2.0)).granted
+
+
+async def test_while_redis_is_away_it_is_owed_here(server: RedisServer) -> None:
+    async with opened(server) as limiter:
+        server.kill()
+        assert (await limiter.take("shop", 2.0)).granted
+        assert (await limiter.owe("shop", 2.0, 63)).left == -54
+        assert not (await limiter.take("shop", 2.0)).granted
+
+
 async def test_a_bucket_that_is_full_again_is_forgotten(server: RedisServer) -> None:
     async with opened(server) as limiter:
         await limiter.take("shop", 10.0)

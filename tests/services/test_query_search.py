@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from pydantic import SecretStr
 from tests.shop import Shop, open_shop, picture
 
 from catalens.domain import Product
+from catalens.settings import ApiKey
 from catalens_query import searching
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -582,6 +586,19 @@ async def test_similar_to_nothing_is_404_and_to_no_id_422(shop: Shop) -> None:
 
 
 # --- several at once ----------------------------------------------------------------------------------------
+
+
+async def test_a_batch_counts_against_a_rate_as_what_it_holds(tmp_path: Path) -> None:
+    one = {"search": {"query": "shoe", "mode": "lexical"}, "embed": {"text": "shoe"}}
+    keys = tuple(ApiKey(name=name, secret=SecretStr(name * 4), rate=0.001) for name in one)
+    async with open_shop(tmp_path, api_keys=keys) as shop:
+        for name, body in one.items():
+            call = partial(shop.call, "POST", f"/api/v1/{name}/batch", headers={"X-API-Key": name * 4})
+            answer = await call(json={"requests": [body] * 4})
+            assert (answer.status, len(answer.json["responses"])) == (200, 4)
+            refused = await call(json={"requests": [body]})
+            assert refused.status == 429
+            assert 3_000 < int(refused.headers["Retry-After"]) <= 4_000
 
 
 async def test_a_batch_answers_each_on_its_own(shop: Shop) -> None:

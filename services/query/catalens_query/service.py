@@ -15,6 +15,7 @@ import numpy as np
 from aiohttp import hdrs, web
 from pydantic import BaseModel
 
+from catalens.access import counts_as
 from catalens.domain import DEFAULT_TENANT, Filter, Leg, ModelSpec, PictureInfo, SparseVector, StoredProduct
 from catalens.embedding import CachedEncoder
 from catalens.errors import CatalensError, ForbiddenUrl, InvalidPicture, NoFacet, NotFound, Transient
@@ -135,6 +136,8 @@ class QueryService:
                 params=models.Paging, form=models.PictureSearchForm, pictures=(PICTURE,),
                 responses={200: models.PictureSearchAnswer}, problems=(501,)),
             row("POST", "search/batch", self._search_batch, "Several searches in one call",
+                description="Each counts against a key's rate; a batch is answered whole if one request may come, and "
+                "what comes after it waits the longer.",
                 body=models.SearchBatch, responses={200: models.SearchBatchAnswer}),
             row("GET", "suggest", self._suggest, "Completions of what is being typed",
                 description="Words, brands, categories and product names of the catalogue. Case and accents do not "
@@ -345,6 +348,7 @@ class QueryService:
             row("embed-image", self._embed_image, "Embed a picture",
                 form=models.NoFields, pictures=(PICTURE,), responses={200: models.EmbedAnswer}, problems=(501,)),
             row("embed/batch", self._embed_batch, "Embed several texts in one call",
+                description="Each counts against a key's rate, as in a batch of searches.",
                 body=models.EmbedBatch, responses={200: models.EmbedBatchAnswer}),
             row("similarity", self._similarity, "Compare two texts or pictures",
                 body=models.SimilarityRequest, form=models.NoFields, pictures=tuple((name,) for name in _PAIR),
@@ -450,6 +454,7 @@ class QueryService:
         most = self._settings.http.max_batch
         if len(bodies) > most:
             raise invalid(("requests", f"{len(bodies)} requests are more than the {most} allowed in one call"))
+        await counts_as(request, len(bodies))
         lanes = asyncio.Semaphore(_BATCH_LANES)
 
         async def one(body: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 # The prefix is part of every stored key: what another release of Catalens writes differently gets another one.
 _PREFIX: Final = "catalens:v1:"
+_WHATEVER: Final = -1e300
+"""What every bucket holds at least."""
 _CONNECTIONS: Final = 16  # calls at once; further ones wait for a free connection, within their time
 # One byte before the numbers says how they are written, so that the setting may change over a full cache.
 _TAGS: Final = {"float16": b"h", "float32": b"f"}
@@ -45,7 +47,7 @@ return value
 """
 
 
-# In one step: fill the bucket up to now, by the clock of Redis, and take one token if there is one.
+# In one step: fill the bucket up to now, by the clock of Redis, and take some tokens if it has as many as it must have.
 _TAKE: Final = """
 local rate, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
@@ -54,9 +56,10 @@ local held = redis.call('HMGET', KEYS[1], 'left', 'since')
 local left, since = tonumber(held[1] or most), tonumber(held[2] or now)
 left = math.min(most, left + math.max(0, now - since) * rate)
 local granted = 0
-if left >= tonumber(ARGV[3]) then left, granted = math.max(0, left - 1), 1 end
+if left >= tonumber(ARGV[3]) then left, granted = left - tonumber(ARGV[4]), 1 end
+if left > -0.000001 then left = math.max(0, left) end
 redis.call('HSET', KEYS[1], 'left', string.format('%.17g', left), 'since', string.format('%.6f', now))
-redis.call('PEXPIRE', KEYS[1], math.ceil(most / rate * 1000) + 1000)
+redis.call('PEXPIRE', KEYS[1], math.ceil((most - math.min(0, left)) / rate * 1000) + 1000)
 return {granted, string.format('%.6f', left)}
 """
 
@@ -259,14 +262,22 @@ class RedisLimiter:
 
     async def take(self, client: str, rate: float) -> Allowance:
         """See RateLimiter; one round trip."""
+        return await self._take(client, rate, WHOLE, 1) or await self._alone.take(client, rate)
+
+    async def owe(self, client: str, rate: float, requests: int) -> Allowance:
+        """See RateLimiter; one round trip."""
+        return await self._take(client, rate, _WHATEVER, requests) or await self._alone.owe(client, rate, requests)
+
+    async def _take(self, client: str, rate: float, least: float, requests: int) -> Allowance | None:
+        """Take so many tokens if the bucket holds `least`; None while Redis is away."""
         key = f"{_PREFIX}rate:{sha256_hex(client.encode())}"
 
         async def ask() -> Any:  # as the script answers: granted, left
-            return await self._client.eval(_TAKE, 1, key, repr(rate), repr(capacity(rate)), repr(WHOLE))
+            return await self._client.eval(_TAKE, 1, key, repr(rate), repr(capacity(rate)), repr(least), str(requests))
 
         answer = await self._redis.call(ask)
         if answer is None:
-            return await self._alone.take(client, rate)
+            return None
         self._redis.taken()
         return Allowance(bool(answer[0]), float(answer[1]), rate)
 
