@@ -55,6 +55,10 @@ class Content:
 Answer: TypeAlias = type[BaseModel] | Content
 
 
+class NoParams(BaseModel):
+    """A query string with nothing in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One row of the contract: what is called, by whom, what it takes and what it answers."""
@@ -68,8 +72,8 @@ class Operation:
     access: Literal["public", "keyed", "ingest", "query", "admin"]
     """The scope that the API key must have; public needs no key, keyed any."""
     description: str = ""
-    params: type[BaseModel] | None = None
-    """The query string, for read_params."""
+    params: type[BaseModel] | None = NoParams
+    """The query string, for read_params; None: a page's, which may be anything."""
     body: type[BaseModel] | None = None
     """JSON, for read_json."""
     form: type[BaseModel] | None = None

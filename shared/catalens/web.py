@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -24,7 +25,7 @@ from catalens.domain import DEFAULT_TENANT
 from catalens.errors import CatalensError, Misconfigured
 from catalens.keys import Keyring
 from catalens.limits import TokenBuckets
-from catalens.openapi import PICTURE, Content, Handler, Operation, ProblemDetails, document
+from catalens.openapi import PICTURE, Content, Handler, NoParams, Operation, ProblemDetails, document
 from catalens.ports import RateLimiter
 from catalens.problems import PROBLEM_JSON, Problem, as_problem, invalid
 from catalens.reading import (
@@ -175,11 +176,23 @@ def build_app(
     app.on_response_prepare.append(_finish_headers(door))
     app.cleanup_ctx.append(_follow_keys)
     for operation in table:
-        _route(app, operation.method, operation.path, door.guard(operation))
+        _route(app, operation.method, operation.path, door.guard(_without_params(operation)))
     openapi = to_json(document(table, settings, title=title))
     for path, handler in _probes(ready, metrics, openapi).items():
         _route(app, "GET", path, handler)
     return app
+
+
+def _without_params(operation: Operation) -> Operation:
+    """Return an operation that takes no parameters as one that refuses them; the others read theirs themselves."""
+    if operation.params is not NoParams:
+        return operation
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        read_params(request, NoParams)
+        return await operation.handler(request)
+
+    return replace(operation, handler=handler)
 
 
 async def _follow_keys(app: web.Application) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import socket
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
@@ -186,6 +187,19 @@ async def test_bad_requests_get_their_problem(client: Client, case: Refused) -> 
     assert problem["request_id"]
     if case.field is not None:
         assert problem["errors"][0]["field"] == case.field
+
+
+async def test_every_call_refuses_a_parameter_that_it_does_not_know(client: Client) -> None:
+    status, document = await client.call("GET", "/openapi.json")
+    calls = [(path, method) for path, row in document["paths"].items() for method in row if path.startswith("/api/")]
+    assert status == 200
+    assert len(calls) > 25
+    for path, method in calls:
+        given = re.sub("{.*}", "0-17", path)
+        status, problem = await client.call(method, f"{given}?limit=1&colour=red")
+        assert (status, problem["type"]) == (422, "urn:catalens:problem:invalid"), (method, path, problem)
+        assert "colour" in [error["field"] for error in problem["errors"]], (method, path, problem)
+        assert "422" in document["paths"][path][method]["responses"]
 
 
 async def test_a_body_of_unknown_length_is_cut_at_the_limit(client: Client) -> None:

@@ -79,7 +79,7 @@ async def test_an_address_is_only_shown_if_a_browser_may_load_it(shop: Shop) -> 
 
 @pytest.mark.parametrize(
     ("path", "status"),
-    [("nothing", 404), ("nothing/image", 404), ("a%2Fb", 422), ("a%20b", 422), ("x" * 129, 422), ("B?x=1", 200)],
+    [("nothing", 404), ("nothing/image", 404), ("a%2Fb", 422), ("a%20b", 422), ("x" * 129, 422), ("B?x=1", 422)],
 )
 async def test_a_product_that_is_not_there(shop: Shop, path: str, status: int) -> None:
     assert (await shop.call("GET", f"/api/v1/products/{path}")).status == status

@@ -78,7 +78,7 @@ class Service:
             Operation("PUT", "/products/{product_id}", self.put, "put", "t", "ingest", body=Product, params=Params),
             Operation("POST", "/form", self.form, "form", "t", "ingest", form=Fields, pictures=(PICTURE,)),
             Operation("GET", "/tenant", self.tenant, "tenant", "t", "query"),
-            Operation("GET", "/page", self.tenant, "page", "t", "public"),
+            Operation("GET", "/page", self.tenant, "page", "t", "public", params=None),
             Operation("GET", "/admin", self.tenant, "admin", "t", "admin"),
             Operation("GET", "/state", self.tenant, "state", "t", "keyed"),
             Operation("POST", "/slow", self.slow, "slow", "t", "query"),
@@ -272,6 +272,13 @@ async def test_bad_parameters_are_422(site: Site, query: str, field: str) -> Non
     status, problem = await site.put(good, f"/products/a?{query}")
     assert status == 422
     assert [error["field"] for error in problem["errors"]] == [field]
+
+
+async def test_what_takes_no_parameters_refuses_them_and_a_page_takes_any(site: Site) -> None:
+    status, problem, _ = await site.call("GET", "/tenant?colour=red")
+    assert (status, [error["field"] for error in problem["errors"]]) == (422, ["colour"])
+    assert (await site.call("GET", "/tenant?"))[0] == 200
+    assert (await site.call("GET", "/page?colour=red&colour=blue"))[0] == 200
 
 
 async def test_parameters_are_read_as_json(site: Site) -> None:
@@ -675,7 +682,7 @@ async def test_pages_of_a_known_site_may_call() -> None:
             assert answer.headers["Access-Control-Allow-Origin"] == SHOP
             assert "PUT" in answer.headers["Access-Control-Allow-Methods"]
             assert "Authorization" in answer.headers["Access-Control-Allow-Headers"]
-        for path, status in (("/tenant", 200), ("/nothing", 404), ("/tenant?x=%00", 200)):
+        for path, status in (("/tenant", 200), ("/nothing", 404), ("/tenant?x=%00", 422)):
             found, _, headers = await site.call("GET", path, headers=bearer(SECRET)["headers"] | {"Origin": SHOP})
             assert (found, headers["Access-Control-Allow-Origin"]) == (status, SHOP)
             assert "Retry-After" in headers["Access-Control-Expose-Headers"]

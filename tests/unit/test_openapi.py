@@ -90,6 +90,9 @@ def table() -> list[Operation]:
         Operation(
             "GET", "/picture", handler, "picture", "query", "query", responses={200: Content("image/*", "its bytes")}
         ),
+        Operation(
+            "GET", "/page", handler, "page", "page", "public", params=None, responses={200: Content("text/html")}
+        ),
         Operation("GET", "/", handler, "page", "page", "public", documented=False),
     ]
 
@@ -155,7 +158,8 @@ def test_problems_follow_from_the_operation() -> None:
     put, get = paths["/api/v1/products/{product_id}"]["put"], paths["/picture"]["get"]
     assert {"400", "403", "408", "409", "413", "415", "422", "429", "503"} <= put["responses"].keys()
     assert not put["responses"].keys() & {"401", "404"}
-    assert get["responses"].keys() == {"200", "403", "429", "503"}
+    assert get["responses"].keys() == {"200", "403", "422", "429", "503"}  # no parameter is known to it
+    assert paths["/page"]["get"]["responses"].keys() == {"200", "403", "429", "503"}
 
 
 def test_keys_appear_only_where_they_are_needed() -> None:

@@ -6,7 +6,7 @@ import mimetypes
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import hdrs, web
 
@@ -32,11 +32,15 @@ class Pages:
 
     def operations(self) -> list[Operation]:
         """Return the rows of `/`, `/docs` and `/static/…`."""
+
+        def row(path: str, handler: Handler, summary: str, **more: Any) -> Operation:  # Operation's own
+            return Operation("GET", path, handler, summary, "pages", "public", params=None, **more)
+
         html: dict[int, Answer | tuple[Answer, ...]] = {200: Content("text/html"), 304: ()}
         return [
-            Operation("GET", "/", self._named("index.html"), "The storefront page", "pages", "public", responses=html),
-            Operation("GET", "/docs", self._named("docs.html"), "This reference", "pages", "public", responses=html),
-            Operation("GET", "/static/{path:.+}", self._any, "Files of the pages", "pages", "public", documented=False),
+            row("/", self._named("index.html"), "The storefront page", responses=html),
+            row("/docs", self._named("docs.html"), "This reference", responses=html),
+            row("/static/{path:.+}", self._any, "Files of the pages", documented=False),
         ]
 
     def _named(self, name: str) -> Handler:
