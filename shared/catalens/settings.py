@@ -78,7 +78,8 @@ class HttpSettings(Section):
     search_timeout: Seconds = Field(
         default=15.0,
         description="a search is answered within this, seconds; the encoder has two thirds of it, then words alone are "
-        "searched; facets and numbers of variants that are late are left out, hits that are late are answered 503",
+        "searched; facets and numbers of variants that are late are left out, hits that are late are answered 503, a "
+        "picture that is fetched and late 422",
     )
     cors_origins: tuple[Origin, ...] = Field(
         default=(),

@@ -288,13 +288,14 @@ class Searcher:
         async with self._encoder_in_time():
             return await self._present.probe()
 
-    async def search(self, tenant: str, search: Search) -> Found:
+    async def search(self, tenant: str, search: Search, *, due: float | None = None) -> Found:
         """Return the page that was asked for; raises InvalidPicture, Transient, Overloaded, NotLoaded.
 
         Facets and numbers of variants that are late, or that the index does not answer, are left out: `degraded` names
-        them. Without its hits in time a search is Transient.
+        them. Without its hits in time a search is Transient. `due`: the loop's time at which its time is over, for a
+        search that began before; by default it begins now.
         """
-        due = asyncio.get_running_loop().time() + self._patience
+        due = asyncio.get_running_loop().time() + self._patience if due is None else due
         async with self._search_in_time(due):
             matched = await self._match(tenant, search)
             loaded = await self._load(tenant, matched.ranking.hits[search.offset : search.offset + search.limit])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -18,7 +17,7 @@ from pydantic import BaseModel
 from catalens.access import counts_as
 from catalens.domain import DEFAULT_TENANT, Filter, Leg, ModelSpec, PictureInfo, SparseVector, StoredProduct
 from catalens.embedding import CachedEncoder
-from catalens.errors import CatalensError, ForbiddenUrl, InvalidPicture, NoFacet, NotFound, Transient
+from catalens.errors import CatalensError, InvalidPicture, NoFacet, NotFound, Transient
 from catalens.events import CONSUMED, EMBEDDER_GROUP
 from catalens.measured import MeasuredImages
 from catalens.openapi import PICTURE, Content, Handler, Operation
@@ -37,7 +36,7 @@ from catalens.web import (
     tenant_of,
     validated,
 )
-from catalens_query import models
+from catalens_query import given, models
 from catalens_query.filters import translate
 from catalens_query.ordering import Boost
 from catalens_query.pages import Pages, conditional, has_current
@@ -156,13 +155,20 @@ class QueryService:
     async def _answer_search(
         self, tenant: str, body: models.SearchRequest, paging: models.Paging
     ) -> models.SearchAnswer:
-        started = time.perf_counter()
+        started, due = time.perf_counter(), self._due()
         where = translate(body.filters)
-        picture = None if body.image is None else await self._picture(body.image, "image")
+        pictures = await self._pictures(
+            {
+                "image": body.image,
+                **{f"like.{number}": one for number, one in enumerate(body.like)},
+                **{f"unlike.{number}": one for number, one in enumerate(body.unlike)},
+            },
+            due,
+        )
         terms = [models.QueryTerm(text=body.query)] if isinstance(body.query, str) else body.query or []
         search = Search(
             words=tuple(Term(term.text, term.weight) for term in terms),
-            picture=picture,
+            picture=pictures.get("image"),
             where=where,
             limit=body.limit if paging.limit is None else paging.limit,
             offset=body.offset if paging.offset is None else paging.offset,
@@ -170,8 +176,8 @@ class QueryService:
             correct=body.correct,
             mode=body.mode,
             using=body.using,
-            like=await self._examples(body.like, "like"),
-            unlike=await self._examples(body.unlike, "unlike"),
+            like=_examples(body.like, "like", pictures),
+            unlike=_examples(body.unlike, "unlike", pictures),
             order=Order(
                 sort=body.sort,
                 group_by=body.group_by,
@@ -183,7 +189,7 @@ class QueryService:
             explain=body.explain,
         )
         try:
-            found = await self._searcher.search(tenant, search)
+            found = await self._searcher.search(tenant, search, due=due)
         except UnknownExample as error:
             raise invalid((error.field, str(error))) from error
         except NoFacet as error:
@@ -376,18 +382,19 @@ class QueryService:
         if request.content_type == "multipart/form-data":
             form = await read_form(request)
             form.values(models.NoFields, pictures=_PAIR)
-            pictures = [form.picture((name,)) for name in _PAIR]
-            first, second = [await self._searcher.embed_picture(picture) for picture in pictures]
+            uploads = [form.picture((name,)) for name in _PAIR]
+            first, second = [await self._searcher.embed_picture(picture) for picture in uploads]
         else:
             body = await read_json(request, models.SimilarityRequest)
-            first, second = await self._side(body.a, "a"), await self._side(body.b, "b")
+            pictures = await self._pictures({"a.image": body.a.image, "b.image": body.b.image}, self._due())
+            first, second = [
+                await self._searcher.embed_text(side.text or "")
+                if side.image is None
+                else await self._searcher.embed_picture(pictures[f"{name}.image"])
+                for name, side in (("a", body.a), ("b", body.b))
+            ]
         cosine = float(np.clip(np.dot(first, second), -1.0, 1.0))
         return reply(models.SimilarityAnswer(similarity=cosine))
-
-    async def _side(self, side: models.SimilarityInput, name: str) -> Embedding:
-        if side.image is not None:
-            return await self._searcher.embed_picture(await self._picture(side.image, f"{name}.image"))
-        return await self._searcher.embed_text(side.text or "")
 
     def _embedding(self, vector: Embedding) -> models.EmbedAnswer:
         return models.EmbedAnswer(embedding=vector.tolist(), dimension=len(vector), model=self._spec().id)
@@ -470,25 +477,20 @@ class QueryService:
             tasks = [group.create_task(one(body), name=f"batch.{number}") for number, body in enumerate(bodies)]
         return [task.result() for task in tasks]
 
-    async def _picture(self, picture: models.PictureInput, field: str) -> bytes:
-        """Return the bytes of a picture to search with; Problem 422 if they can't be had."""
-        if picture.data is not None:
-            try:
-                return await asyncio.to_thread(base64.b64decode, picture.data, validate=True)
-            except ValueError as error:
-                raise invalid((f"{field}.data", f"is not base64: {error}")) from error
-        try:
-            return await self._images.fetch(picture.url or "")
-        except (ForbiddenUrl, InvalidPicture, NotFound, Transient) as error:
-            raise invalid((f"{field}.url", str(error))) from error
+    def _due(self) -> float:
+        """Return when a search that begins now must be over, on the loop's clock."""
+        return asyncio.get_running_loop().time() + self._settings.http.search_timeout
 
-    async def _examples(self, given: Sequence[str | models.PictureInput], field: str) -> tuple[Example, ...]:
-        return tuple(
-            [
-                one if isinstance(one, str) else await self._picture(one, f"{field}.{number}")
-                for number, one in enumerate(given)
-            ]
-        )
+    async def _pictures(self, fields: Mapping[str, models.PictureInput | str | None], due: float) -> dict[str, bytes]:
+        """Return the bytes of those fields that give a picture; Problem 422 if one can't be had."""
+        wanted = {name: one for name, one in fields.items() if isinstance(one, models.PictureInput)}
+        return await given.pictures(wanted, self._images, due)
 
     def _inspect(self, picture: bytes) -> PictureInfo:
         return Picture(picture, self._settings.pictures).info
+
+
+def _examples(
+    examples: Sequence[str | models.PictureInput], field: str, pictures: Mapping[str, bytes]
+) -> tuple[Example, ...]:
+    return tuple(one if isinstance(one, str) else pictures[f"{field}.{number}"] for number, one in enumerate(examples))
