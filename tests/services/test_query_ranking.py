@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +16,12 @@ from hypothesis import strategies as st
 from tests import naive
 from tests.shop import Shop, open_shop, picture
 
-from catalens.domain import Condition, Filter, Product, Range
-from catalens_query import searching
+from catalens.domain import Condition, Filter, ImageRef, Product, Range, StoredProduct
+from catalens.embedding import CachedEncoder
+from catalens.engines.memory import MemoryCache
+from catalens.telemetry import Metrics
+from catalens_query import calibration, searching
+from catalens_query.searching import Order, Search, Searcher, Term
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -38,6 +45,13 @@ def _product(number: int) -> Product:
     )
 
 
+def pictures_of(number: int) -> list[bytes]:
+    """Return the picture of that product, if it has one."""
+    red, green, blue = COLORS[str(_product(number).attributes["color"])]
+    shade = number // 6 * 6  # so that each is the picture of two products
+    return [] if number % 3 == 2 else [picture(red, min(255, green + shade), blue)]
+
+
 PRODUCTS = [_product(number) for number in range(48)]
 BY_ID = {product.product_id: product for product in PRODUCTS}
 
@@ -47,10 +61,7 @@ async def shop(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shop]:
     """A shop with PRODUCTS; two thirds have a picture, and some of these are the same."""
     async with open_shop(tmp_path_factory.mktemp("shop") / "data") as opened:
         for number, product in enumerate(PRODUCTS):
-            red, green, blue = COLORS[str(product.attributes["color"])]
-            shade = number // 6 * 6  # so that each is the picture of two products
-            pictures = [] if number % 3 == 2 else [picture(red, min(255, green + shade), blue)]
-            await opened.put(product, *pictures)
+            await opened.put(product, *pictures_of(number))
         yield opened
 
 
@@ -399,9 +410,113 @@ async def test_facets_count_what_is_relevant_enough(shop: Shop) -> None:
     assert counts(answer["facets"]["brand"]) == naive.counted([BY_ID[name] for name in ids(others)], "brand")
 
 
-async def test_a_product_asked_for_by_its_id_is_relevant(shop: Shop) -> None:
-    (found,) = await ranking(shop, query="p07", min_score=1)
-    assert (found["product_id"], found["relevance"]) == ("p07", 1)
+@pytest.mark.parametrize("sort", ["relevance", "price_asc", "price_desc", "newest"])
+@pytest.mark.parametrize("body", [{"query": "p07"}, {"query": "p07", "mode": "lexical"}, {"image": None}])
+async def test_a_product_asked_for_itself_is_relevant_whatever_the_sort(
+    shop: Shop, body: dict[str, Any], sort: str
+) -> None:
+    if "image" in body:
+        body = {"image": {"data": b64encode(pictures_of(7)[0]).decode()}}
+    answer = await shop.search(**body, min_score=1, sort=sort, explain=True, facets=["image_status", "brand"])
+    (found,) = answer["results"]
+    assert found["product_id"] in (["p07", "p10"] if "image" in body else ["p07"])  # two have that picture
+    assert found["relevance"] == 1
+    assert sum(part["contribution"] for part in found["explain"]) == pytest.approx(found["score"], abs=1e-6)
+    assert counts(answer["facets"]["image_status"]) == {(False, "ok"): 1}
+    assert counts(answer["facets"]["brand"]) == naive.counted([BY_ID[found["product_id"]]], "brand")
+
+
+@pytest.mark.parametrize(("name", "mode"), [("de", "lexical"), ("--", "lexical"), ("do", "auto")])
+async def test_a_product_whose_id_is_no_word_is_counted(shop: Shop, name: str, mode: str) -> None:
+    await shop.put(Product(product_id=name, name="Widget", brand="Acme"))
+    body: dict[str, Any] = {"query": name, "mode": mode, "facets": ["brand", "in_stock"]}
+    for more in ({}, {"min_score": 0.99}, {"sort": "newest"}, {"min_score": 0.99, "sort": "newest"}):
+        answer = await shop.search(**body, **more)
+        assert ids(answer["results"]) == [name]
+        assert counts(answer["facets"]["brand"]) == {(False, "Acme"): 1}
+        answer = await shop.search(**body, **more, filters={"brand": "Velo"})
+        assert answer["results"] == []
+        assert counts(answer["facets"]["brand"]) == {(False, "Acme"): 1}  # nothing else stands in its way
+        assert answer["facets"]["in_stock"] == []
+    await shop.delete(name, 2)
+
+
+asked_for_itself = st.one_of(
+    st.sampled_from([{"query": "p07"}, {"query": "p30"}, {"query": "p07", "mode": "lexical"}, {"query": "red shirt"}]),
+    st.integers(0, 47).filter(lambda number: number % 3 != 2).map(lambda number: {"image": number}),
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=asked_for_itself,
+    least=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    sort=st.sampled_from(["relevance", "price_asc", "newest"]),
+    keys=st.sets(st.sampled_from(sorted(FILTERS)), max_size=2),
+)
+async def test_facets_count_the_results_of_min_score_whatever_was_asked_for(
+    shop: Shop, body: dict[str, Any], least: float, sort: str, keys: set[str]
+) -> None:
+    if "image" in body:
+        body = {"image": {"data": b64encode(pictures_of(body["image"])[0]).decode()}}
+    filters = {key: FILTERS[key] for key in sorted(keys)}
+    whole = {**body, "min_score": least, "sort": sort, "limit": 100}
+    answer = await shop.search(**whole, filters=filters, facets=["brand", "image_status", "attributes.color"])
+    for key in ("brand", "image_status", "attributes.color"):
+        others = {name: value for name, value in filters.items() if name != key}
+        shown = (await shop.search(**whole, filters=others))["results"]
+        if key == "image_status":
+            statuses = ["ok" if pictures_of(int(name[1:])) else "none" for name in ids(shown)]
+            expected: dict[tuple[bool, Any], int] = dict(Counter((False, status) for status in statuses))
+        else:
+            expected = naive.counted([BY_ID[name] for name in ids(shown)], key)
+        assert counts(answer["facets"][key]) == expected
+
+
+async def test_what_is_coming_in_is_measured_anew_and_what_is_there_kept_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "SAMPLE", 12)
+    async with open_shop(tmp_path) as shop:
+        index, draws = shop.engines.index, 0
+        sample = index.sample
+
+        async def drawn(tenant: str, limit: int) -> Sequence[StoredProduct]:
+            nonlocal draws
+            draws += 1
+            return await sample(tenant, limit)
+
+        monkeypatch.setattr(index, "sample", drawn)
+        body = Search((Term("red"),), None, Filter(), limit=100, offset=0, mode="semantic", order=Order(min_score=0))
+
+        def searcher() -> Searcher:
+            metrics = Metrics()
+            return Searcher(index, CachedEncoder(shop.encoder, MemoryCache(10), metrics), metrics)
+
+        async def judged(by: Searcher) -> dict[str, float | None]:
+            hits = (await by.search("default", body)).hits
+            return {hit.stored.product.product_id: hit.relevance for hit in hits}
+
+        early = searcher()
+        assert await judged(early) == {}
+        for numbers in (range(6), range(6, 11), range(11, 12)):
+            for number in numbers:
+                away = number == 11  # its picture has not come yet
+                images = (ImageRef(url="https://example.org/11.png"),) if away else ()
+                product = PRODUCTS[number].model_copy(update={"images": images})
+                await shop.put(product, *([] if away else pictures_of(number)))
+            assert await judged(early) == await judged(searcher())
+        await shop.put(PRODUCTS[11].model_copy(update={"version": 5000}), picture(1, 2, 3))
+        assert await judged(early) == (whole := await judged(searcher()))
+        draws = 0
+        await shop.delete("p03", 5000)
+        kept = await judged(early)
+        assert (draws, kept) == (0, {name: sure for name, sure in whole.items() if name != "p03"})
+        loop = asyncio.get_running_loop()
+        now = loop.time
+        monkeypatch.setattr(loop, "time", lambda: now() + 601)
+        assert await judged(early) == await judged(searcher())
+        assert draws == 2
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, "0.5", True])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -72,7 +71,7 @@ _PRODUCT_ID: Final[TypeAdapter[str]] = TypeAdapter(ProductId)
 _SPACES: Final[tuple[DenseName, ...]] = ("image", "text")
 _NOTHING: Final[Mapping[DenseName, Embedding | None]] = {}
 _SAMPLE_AGE: Final = 600.0
-"""Seconds until random products are drawn again."""
+"""Seconds until random products are drawn again, once there are enough of them."""
 _MOST_SAMPLES: Final = 16
 """Tenants whose random products are kept."""
 _MOST_WORDS: Final = 32
@@ -304,10 +303,7 @@ class Searcher:
         if search.order.group_by == "group_id":
             sizes = await self._spare("variants", lambda: self._sizes(tenant, loaded, matched.where), due, lost)
         if search.facets:
-            asked = replace(search, words=matched.words.read)
-            counted = await self._spare(
-                "facets", lambda: self._count(tenant, asked, matched.where, matched.legs), due, lost
-            )
+            counted = await self._spare("facets", lambda: self._count(tenant, search, matched), due, lost)
         self._metrics.searches.labels(matched.mode, str(matched.degraded is not None).lower()).inc()
         return Found(
             _page(loaded, matched.ranking, sizes, search),
@@ -338,14 +334,13 @@ class Searcher:
         legs = chosen.legs(dense, words.vector)
         where = replace(search.where, exclude=(*search.where.exclude, *search.products))
         by_picture = search.weight == 1 and not search.like and not search.unlike
-        named = search.words[0].text.strip() if "lexical" in chosen.shares and len(search.words) == 1 else None
-        if named is not None and not await self._exists(tenant, named, where):
-            named = None
+        name = search.words[0].text.strip() if "lexical" in chosen.shares and len(search.words) == 1 else None
+        named = await self._named(tenant, name, where)
         upto = search.offset + search.limit
         ranking = await self._rank(
             tenant, legs, where, upto, search.order, by_picture=by_picture, named=named, words=words.read
         )
-        return _Matched(words, chosen.mode, degraded, legs, where, ranking)
+        return _Matched(words, chosen.mode, degraded, legs, where, ranking, name, by_picture)
 
     async def similar(
         self, tenant: str, product_id: str, using: Using, *, variants: bool, offset: int, limit: int
@@ -474,7 +469,8 @@ class Searcher:
     ) -> _Ranking:
         """Return at least the first `upto` places, or all there are, the same whatever `upto` is.
 
-        `by_picture`: a product whose picture is the one that is searched with comes first, as `named` does.
+        `by_picture`: a product whose picture is the one that is searched with comes first, as `named` does; under a
+        sort it is among what is sorted.
         """
         ranking = _Ranking(complete=not legs)
         if not legs and named is not None:
@@ -488,17 +484,17 @@ class Searcher:
                 long = sum(len(one.hits) for one in lists) > _LONG
                 fuse = partial(fusion.fuse, lists, calibrate=bool(order.boosts))
                 found = await asyncio.to_thread(fuse) if long else fuse()
+            exact = None if relevant else named or (fusion.own_picture(lists) if by_picture else None)
             if order.min_score is not None:
                 ranking.relevance = await self._relevance(tenant, legs, lists, words)
+                if exact is not None:
+                    ranking.relevance[exact] = 1.0
                 found = [hit for hit in found if ranking.relevance[hit.product_id] >= order.min_score]
             with stage(self._metrics.search_stages, "fuse"):
                 fresh = [hit for hit in found if hit.product_id not in ranking.tier_of]
                 ranking.tier_of |= dict.fromkeys((hit.product_id for hit in fresh), len(ranking.tiers))
                 ranking.tiers.append(lists)
             complete = all(one.complete for one in lists) or len(depths) == 1
-            exact = None
-            if not relevant and order.sort == "relevance":
-                exact = named or (fusion.own_picture(lists) if by_picture else None)
             if order.boosts or order.sort != "relevance":
                 names = [hit.product_id for hit in fresh]
                 await self._learn(tenant, [*names, exact] if exact else names, ranking)
@@ -508,7 +504,6 @@ class Searcher:
             ranked = len(relevant)
             relevant = fusion.extend(relevant, fresh, single=len(legs) == 1 and not order.boosts)
             if exact is not None:
-                ranking.relevance[exact] = 1.0
                 relevant, ranking.exact = fusion.first(relevant, exact), exact
                 ranking.tier_of.setdefault(exact, 0)
             new = sorted_by(order.sort, relevant[ranked:], ranking.facts)
@@ -539,12 +534,18 @@ class Searcher:
         return {name: calibration.relevance(likely.get(name, 0.0), found.get(name, 0.0), reach) for name in names}
 
     async def _sample(self, tenant: str) -> Sequence[Mapping[str, Embedding]]:
-        """Return the vectors of random products of the tenant, the same for a while."""
-        now = time.monotonic()
+        """Return the vectors of random products of the tenant, the same for a while.
+
+        A catalogue that is still coming in, its pictures included, would be measured by its first products: what it
+        has is drawn each time.
+        """
+        now = asyncio.get_running_loop().time()
         drawn, sample = self._samples.get(tenant, (-math.inf, ()))
         if now - drawn > _SAMPLE_AGE:
-            sample = tuple(stored.vectors for stored in await self._index.sample(tenant, calibration.SAMPLE))
-            self._samples[tenant] = now, sample
+            products = await self._index.sample(tenant, calibration.SAMPLE)
+            sample = tuple(stored.vectors for stored in products)
+            if len(products) == calibration.SAMPLE and all(stored.image_status != "pending" for stored in products):
+                self._samples[tenant] = now, sample
             while len(self._samples) > _MOST_SAMPLES:
                 del self._samples[next(iter(self._samples))]
         return sample
@@ -612,18 +613,18 @@ class Searcher:
         return await asyncio.to_thread(diverse, hits, vectors, diversity)
 
     async def _count(
-        self, tenant: str, search: Search, where: Filter, legs: Sequence[WeightedLeg]
+        self, tenant: str, search: Search, asked_as: _Matched
     ) -> Mapping[str, Sequence[FacetCount] | Numbers]:
         """Return the facets, each over what its own filter would hide too.
 
         Every product is near to a vector; where there are only words, or what is near must be near enough, what
         matches is counted.
         """
-        keys = search.facets
+        keys, where = search.facets, asked_as.where
         matched = {among: among for among in (facets.without(where, key) for key in keys)}
-        if search.order.min_score is not None or all(leg.using == "lexical" for leg in legs):
+        if search.order.min_score is not None or all(leg.using == "lexical" for leg in asked_as.legs):
             for among in matched:
-                these = Condition("product_id", await self._matching(tenant, search, among, legs))
+                these = Condition("product_id", await self._matching(tenant, search.order, among, asked_as))
                 matched[among] = replace(among, conditions=(*among.conditions, these))
         among_of = {key: matched[facets.without(where, key)] for key in keys}
         with stage(self._metrics.search_stages, "facets"):
@@ -635,17 +636,18 @@ class Searcher:
                 for key, among in among_of.items()
             }
 
-    async def _matching(
-        self, tenant: str, search: Search, where: Filter, legs: Sequence[WeightedLeg]
-    ) -> tuple[str, ...]:
+    async def _matching(self, tenant: str, order: Order, where: Filter, asked_as: _Matched) -> tuple[str, ...]:
         """Return the products that a search by words alone, or with `min_score`, finds under `where`."""
-        if not legs:
-            return ()
-        if search.order.min_score is None:
-            return tuple(hit.product_id for hit in (await self._lists(tenant, legs, where, TIERS[-1]))[0].hits)
-        lists = await self._lists(tenant, legs, where, _depths(legs, search.order)[0])
-        relevance = await self._relevance(tenant, legs, lists, search.words)
-        return tuple(name for name, sure in relevance.items() if sure >= search.order.min_score)
+        exact, legs = await self._named(tenant, asked_as.name, where), asked_as.legs
+        found: list[str] = []
+        if legs and order.min_score is None:
+            found = [hit.product_id for hit in (await self._lists(tenant, legs, where, TIERS[-1]))[0].hits]
+        elif legs and order.min_score is not None:
+            lists = await self._lists(tenant, legs, where, _depths(legs, order)[0])
+            exact = exact or (fusion.own_picture(lists) if asked_as.by_picture else None)
+            relevance = await self._relevance(tenant, legs, lists, asked_as.words.read)
+            found = [name for name, sure in relevance.items() if sure >= order.min_score]
+        return tuple(found if exact is None or exact in found else [*found, exact])
 
     async def _numbers(self, tenant: str, key: NumberKey, among: Filter) -> Numbers:
         ends = await self._index.extremes(tenant, key, among)
@@ -656,14 +658,14 @@ class Searcher:
         counts = await self._index.count(tenant, wheres)
         return Numbers(*ends, facets.merged(list(zip(ranges, counts, strict=True))))
 
-    async def _exists(self, tenant: str, text: str, where: Filter) -> bool:
-        """True when `text` is the id of a live product under the filter."""
+    async def _named(self, tenant: str, name: str | None, where: Filter) -> str | None:
+        """Return `name` if it is the id of a live product under the filter."""
         try:
-            _PRODUCT_ID.validate_python(text, strict=True)
+            named = _PRODUCT_ID.validate_python(name, strict=True)
         except ValidationError:
-            return False
-        itself = replace(where, conditions=(*where.conditions, Condition("product_id", (text,))))
-        return bool(await self._index.page(tenant, after=None, limit=1, where=itself))
+            return None
+        itself = replace(where, conditions=(*where.conditions, Condition("product_id", (named,))))
+        return named if await self._index.page(tenant, after=None, limit=1, where=itself) else None
 
     async def _sizes(
         self, tenant: str, loaded: Sequence[tuple[LegHit, StoredProduct]], where: Filter
@@ -752,6 +754,10 @@ class _Matched:
     legs: Sequence[WeightedLeg]
     where: Filter
     ranking: _Ranking
+    name: str | None
+    """What the product is asked for by, if it is the id of one."""
+    by_picture: bool
+    """A product may be asked for by its very picture."""
 
 
 def _read(
