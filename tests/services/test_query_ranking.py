@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests import naive
 from tests.shop import Shop, open_shop, picture
@@ -134,6 +134,7 @@ def where(filters: dict[str, Any]) -> Filter:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=requests, size=st.integers(6, 15))
+@example(body={"query": [{"text": "green"}, {"text": "towel", "weight": -0.5}], "using": "text"}, size=6)
 async def test_pages_neither_repeat_nor_skip_and_scores_are_explained(
     shop: Shop, body: dict[str, Any], size: int
 ) -> None:
@@ -150,6 +151,8 @@ async def test_pages_neither_repeat_nor_skip_and_scores_are_explained(
     assert paged == whole
     assert len(set(ids(whole))) == len(whole)
     assert all(naive.matches(BY_ID[name], where(body.get("filters", {}))) for name in ids(whole))
+    if "mode" not in body and not body.get("boosts"):
+        assert all(result["score"] >= 0 for result in whole)
     if "sort" not in body and not body.get("diversity"):
         scores = [result["score"] for result in whole]
         assert scores == sorted(scores, reverse=True)

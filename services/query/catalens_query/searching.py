@@ -564,10 +564,12 @@ class Searcher:
     ) -> list[fusion.RankedList]:
         with stage(self._metrics.search_stages, "search"):
             answers = await self._index.search(tenant, [leg.at(depth) for leg in legs], where)
-        return [
-            fusion.RankedList(leg.using, leg.weight, hits, complete=len(hits) < depth)
-            for leg, hits in zip(legs, answers, strict=True)
-        ]
+        lists = []
+        for leg, hits in zip(legs, answers, strict=True):
+            # What has more of the unwanted words than of the others is at the end, and is not what was asked for.
+            found = [hit for hit in hits if hit.score > 0] if leg.using == "lexical" else hits
+            lists.append(fusion.RankedList(leg.using, leg.weight, found, complete=len(found) < depth))
+        return lists
 
     async def _learn(self, tenant: str, product_ids: Sequence[str], ranking: _Ranking) -> None:
         """Ask the index what is known of these products, and keep it in `ranking`."""
