@@ -289,9 +289,6 @@ async def test_what_has_only_unwanted_words_is_not_found_by_words(shop: Shop) ->
     unwanted = {"text": "runner", "weight": -0.5}
     assert await shop.ids(query="runner", mode="lexical")
     assert await shop.ids(query=[{"text": "violin"}, unwanted], mode="lexical") == []
-    answer = await shop.search(query=[{"text": "shirt"}, unwanted], mode="hybrid", explain=True, limit=100)
-    (shoe,) = [hit for hit in answer["results"] if hit["product_id"] == "red-shoe"]
-    assert [part["contribution"] for part in shoe["explain"] if part["part"] == "lexical"] == [0]
 
 
 async def test_like_a_product_finds_its_kind_and_not_itself(shop: Shop) -> None:
