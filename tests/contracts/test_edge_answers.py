@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from catalens.domain import (
     OfferChange,
     OfferUpdate,
     Product,
+    StoredProduct,
     TombstoneWrite,
 )
 from catalens.engines.edge import EdgeIndex
@@ -55,7 +57,8 @@ def halted(index: EdgeIndex) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # killed meanwhile
+            os.kill(pid, signal.SIGCONT)
 
 
 async def names(index: EdgeIndex) -> list[tuple[str, str]]:
@@ -64,15 +67,18 @@ async def names(index: EdgeIndex) -> list[tuple[str, str]]:
 
 
 async def everything(index: EdgeIndex) -> list[Any]:
+    def said(stored: StoredProduct) -> StoredProduct:
+        return replace(stored, vectors=dict(sorted(stored.vectors.items())))  # which come in no order
+
     found = [
         await index.search("shop", [Leg("text", NEAR, 10)], ALL),
-        await index.get("shop", ["p", "q", "new"], with_vectors=True),
+        {name: said(one) for name, one in (await index.get("shop", ["p", "q", "new"], with_vectors=True)).items()},
         await index.facts("shop", ["p", "q", "new"]),
         await index.count("shop", [ALL]),
         await index.facet("shop", [("brand", ALL), ("image_status", ALL)], 5),
         await index.extremes("shop", "price", ALL),
         await index.page("shop", after=None, limit=100, where=ALL),
-        await index.sample("shop", 10),
+        [said(one) for one in await index.sample("shop", 10)],
         await index.counts("shop"),
     ]
     # As text, since vectors cannot be compared; mappings have no order.
@@ -172,3 +178,10 @@ async def test_the_answers_that_are_kept_have_their_room(tmp_path: Path) -> None
         for kept in ("0", "19"):
             assert list(await index.get("shop", [kept])) == [kept]
     await index.close()
+
+
+async def test_who_is_closed_remembers_nothing(index: EdgeIndex) -> None:
+    await names(index)
+    await index.close()
+    with pytest.raises(Transient, match="closed"):
+        await names(index)

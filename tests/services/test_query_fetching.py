@@ -147,7 +147,7 @@ async def test_a_picture_that_is_late_is_named(tmp_path: Path, path: str) -> Non
         if name == "late":
             await never.wait()
 
-    async with open_shop(tmp_path, http=HttpSettings(search_timeout=0.3)) as shop, hosting(answer) as at:
+    async with open_shop(tmp_path, http=HttpSettings(search_timeout=2.0)) as shop, hosting(answer) as at:
         body: dict[str, Any] = {"a": {"image": at("a")}, "b": {"image": at("late")}}
         if path == "search":
             body = {"query": "water", "like": [at("a"), at("late")], "unlike": [at("late")]}

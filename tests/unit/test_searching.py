@@ -114,6 +114,14 @@ async def test_auto_answers_by_words_and_says_why(error: CatalensError | None, p
     assert (str(error) if error else "did not answer within 0.01 s") in found.degraded
 
 
+async def test_the_encoder_has_its_share_of_what_time_is_left() -> None:
+    metrics = Metrics()
+    encoder = CachedEncoder(AwayEncoder(), MemoryCache(10), metrics)
+    patient = Searcher(OneProductIndex(), encoder, metrics)  # type: ignore[arg-type]  # reads only
+    found = await patient.search("default", search("auto"), due=asyncio.get_running_loop().time() + 3)
+    assert "did not answer within" in (found.degraded or "")
+
+
 @pytest.mark.parametrize("error", AWAY)
 @pytest.mark.parametrize(
     "asked", [search("semantic"), search("hybrid"), search("auto", words=None, picture=b"picture")]

@@ -296,7 +296,7 @@ class Searcher:
         """
         due = asyncio.get_running_loop().time() + self._patience if due is None else due
         async with self._search_in_time(due):
-            matched = await self._match(tenant, search)
+            matched = await self._match(tenant, search, due)
             loaded = await self._load(tenant, matched.ranking.hits[search.offset : search.offset + search.limit])
         lost = [] if matched.degraded is None else [matched.degraded]
         sizes = counted = None
@@ -314,7 +314,7 @@ class Searcher:
             matched.words.corrected,
         )
 
-    async def _match(self, tenant: str, search: Search) -> _Matched:
+    async def _match(self, tenant: str, search: Search, due: float) -> _Matched:
         """Return the ranking, as deep as the page is."""
         words = await self._words(tenant, search)
         known = await self._known(tenant, words) if search.mode in ("auto", "hybrid") else 1.0
@@ -326,7 +326,8 @@ class Searcher:
                     # Beside words, what was written: a correction may be wrong, and the words do without it (ADR 21).
                     either = search.words if words.read == words.looked_up else (*search.words, *words.read)
                     asked = replace(search, words=either) if chosen.mode == "semantic" else search
-                    dense = await self._query_vectors(tenant, asked)
+                    async with self._encoder_in_time(due):
+                        dense = await self._query_vectors(tenant, asked)
             except (Transient, NotLoaded) as error:
                 if search.mode != "auto" or chosen.mode != "hybrid":
                     raise
@@ -390,12 +391,14 @@ class Searcher:
         return self._encoder
 
     @asynccontextmanager
-    async def _encoder_in_time(self) -> AsyncIterator[None]:
+    async def _encoder_in_time(self, due: float = math.inf) -> AsyncIterator[None]:
+        left = (due - asyncio.get_running_loop().time()) * ENCODER_SHARE
+        patience = max(0.0, min(self._encoder_patience, left))
         try:
-            async with asyncio.timeout(self._encoder_patience):
+            async with asyncio.timeout(patience):
                 yield
         except TimeoutError as error:
-            raise Transient(f"the encoder did not answer within {self._encoder_patience:g} s") from error
+            raise Transient(f"the encoder did not answer within {patience:.3g} s") from error
 
     @asynccontextmanager
     async def _search_in_time(self, due: float) -> AsyncIterator[None]:
@@ -716,7 +719,9 @@ def beginnings(words: tuple[Term, ...], most: int) -> tuple[Term, ...]:
     for longer, number in zip(range(len(words), 0, -1), by_length, strict=True):
         text, share = words[number].text, left // longer
         if len(text) > share:
-            text = _PARTIAL.sub("", text.lstrip()[: share + 1])[:share]
+            text = " ".join(text.split())
+            if len(text) > share:
+                text = _PARTIAL.sub("", text[: share + 1])[:share]
             kept[number] = replace(words[number], text=text)
         left -= len(text)
     return tuple(kept)

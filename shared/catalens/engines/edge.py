@@ -256,7 +256,7 @@ class EdgeIndex:
     async def _ask(self, method: str, *arguments: object) -> Any:  # what the process answers
         """Call what changes nothing: what was asked, or is being asked, since the last write is not asked twice."""
         body = _body(method, arguments)
-        answer = self._answers.get(body)
+        answer = self._answers.get(body) if self._engine.alive and not self._closed else None
         while answer is None and (asked := self._asked.get(body)) is not None:
             # Shielded: who goes away must not take the answer from the others. None if it was the one who asked.
             answer = await asyncio.shield(asked)
