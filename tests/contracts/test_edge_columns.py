@@ -37,7 +37,6 @@ from catalens.engines import edge_worker
 from catalens.engines.edge import EdgeIndex
 from catalens.engines.points import facet_field
 from catalens.engines.rules import short_key
-from catalens.errors import NoFacet
 
 SPEC = ModelSpec(id="test", revision="1", family="test", dimension=4, fingerprint="f" * 64)
 TENANTS = ("shop", "other")
@@ -153,13 +152,20 @@ async def test_columns_are_there_again_after_a_restart(tmp_path: Path) -> None:
         await shelf.write(8)
     await shelf.check()
     await shelf.index.close()
-    async with broken_worker(tmp_path, "            self._reading = Reading(", "            raise RuntimeError("):
+    async with broken_worker(tmp_path, "self._readings[tenant] = Reading(", "raise RuntimeError("):
         shelf.index = await EdgeIndex.open(folder, SPEC)
     await shelf.check()
     await shelf.index.close()
 
 
-@pytest.mark.parametrize("content", ["{", "[1, null]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param("{", id="broken"),
+        pytest.param('[1, null, ["shop"], ["shop", 1], ["nobody", "in_stock"]]', id="odd"),
+        pytest.param(json.dumps(["in_stock", facet_field("attributes.color")]), id="of the release before"),
+    ],
+)
 async def test_a_damaged_memory_of_columns_costs_only_time(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "index"
     shelf = Shelf(await EdgeIndex.open(folder, SPEC))
@@ -181,16 +187,125 @@ async def test_a_filter_beyond_the_columns_is_left_to_the_engine(tmp_path: Path)
     await shelf.index.close()
 
 
-async def test_no_more_fields_than_the_limit_are_counted(tmp_path: Path) -> None:
+def noted(index_folder: Path) -> dict[str, list[str]]:
+    """Return what columns.json says of each tenant, the column that was asked for longest ago first."""
+    said: dict[str, list[str]] = {}
+    for tenant, key in json.loads((index_folder / "columns.json").read_bytes()):
+        said.setdefault(tenant, []).append(key)
+    return said
+
+
+def attributes(*names: str) -> list[tuple[FacetKey, Filter]]:
+    return [(f"attributes.{name}", Filter()) for name in names]
+
+
+def columns_of(*names: str) -> list[str]:
+    return [facet_field(f"attributes.{name}") for name in names]
+
+
+async def put(index: EdgeIndex, tenant: str, **values: str) -> None:
+    product = Product(product_id="p", name="n", version=1, brand="B", attributes=dict(values))
+    await index.upsert([IndexDocument(tenant, product, "none")])
+
+
+async def test_the_column_that_was_asked_for_longest_ago_makes_room(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
     async with broken_worker(tmp_path, "MAX_COLUMNS: Final = 100", "MAX_COLUMNS: Final = 2"):
-        index = await EdgeIndex.open(tmp_path / "index", SPEC)
-    product = Product(product_id="p", name="n", version=1, brand="B", attributes={"a": "1", "b": "2", "c": "3"})
-    await index.upsert([IndexDocument("shop", product, "none")])
-    two: list[tuple[FacetKey, Filter]] = [("attributes.a", Filter()), ("attributes.b", Filter())]
-    assert await index.facet("shop", two, 5) == [[("1", 1)], [("2", 1)]]
-    with pytest.raises(NoFacet, match="2 other attributes"):
-        await index.facet("shop", [("attributes.c", Filter())], 5)
-    assert await index.facet("shop", [*two, ("brand", Filter())], 5) == [[("1", 1)], [("2", 1)], [("B", 1)]]
+        index = await EdgeIndex.open(folder, SPEC, answers=0)
+    await put(index, "shop", a="1", b="2", c="3")
+    assert await index.facet("shop", [*attributes("a", "b"), ("brand", Filter())], 5) == [
+        [("1", 1)],
+        [("2", 1)],
+        [("B", 1)],
+    ]
+    assert await index.facet("shop", attributes("a"), 5) == [[("1", 1)]]
+    assert await index.facet("shop", attributes("c"), 5) == [[("3", 1)]]
+    assert noted(folder) == {"shop": [facet_field("brand"), *columns_of("a", "c")]}
+    # What makes room is not written to any more, and read anew when it is asked for again.
+    update = Product(product_id="p", name="n", version=2, attributes={"a": "4", "b": "5", "c": "6"})
+    await index.upsert([IndexDocument("shop", update, "none")])
+    assert await index.facet("shop", attributes("b", "c"), 5) == [[("5", 1)], [("6", 1)]]
+    for _ in range(2):  # more than the limit at once
+        assert await index.facet("shop", attributes("a", "b", "c"), 5) == [[("4", 1)], [("5", 1)], [("6", 1)]]
+    await index.close()
+
+
+async def test_what_one_tenant_counts_takes_nothing_from_another(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    index = await EdgeIndex.open(folder, SPEC)
+    names = [f"a{number}" for number in range(edge_worker.MAX_COLUMNS + 20)]
+    products = [
+        Product(product_id=names[at], name="n", version=1, attributes=dict.fromkeys(names[at : at + 40], "x"))
+        for at in range(0, len(names), 40)
+    ]
+    await index.upsert([IndexDocument("many", product, "none") for product in products])
+    await put(index, "shop", sku="1")
+    await put(index, "empty")
+    await index.delete([TombstoneWrite("empty", Deletion(product_id="p", version=2))])
+    assert await index.facet("shop", attributes("sku"), 5) == [[("1", 1)]]
+    for at in range(0, len(names), 10):
+        assert await index.facet("many", attributes(*names[at : at + 10]), 5) == [[("x", 1)]] * 10
+    assert {tenant: set(keys) for tenant, keys in noted(folder).items()} == {
+        "shop": set(columns_of("sku")),
+        "many": set(columns_of(*names[20:])),
+    }
+    # Nobody else's names are told, or read, or take room: neither of who has products nor of who has none.
+    invented = [f"invented{number}" for number in range(200)]
+    for tenant in ("shop", "empty", "nobody"):
+        for at in range(0, len(invented), 10):
+            asked = attributes(*invented[at : at + 10], names[-1])
+            assert await index.facet(tenant, asked, 5) == [[]] * 11
+            condition = Condition(f"attributes.{names[at // 10]}", ("x",), within=Range(gte=1))
+            assert await index.facet(tenant, [("in_stock", Filter((condition,)))], 5) == [[]]
+    assert set(noted(folder)) == {"shop", "many"}
+    assert noted(folder)["shop"] == [*columns_of("sku"), "in_stock"]
+    assert set(noted(folder)["many"]) == set(columns_of(*names[20:]))
+    await index.close()
+    index = await EdgeIndex.open(folder, SPEC)
+    assert await index.facet("shop", attributes("sku", names[0]), 5) == [[("1", 1)], []]
+    assert await index.facet("shop", [("image_status", Filter())], 5) == [[("none", 1)]]
+    assert set(noted(folder)["shop"]) == {*columns_of("sku"), "in_stock", "image_status"}
+    await index.close()
+
+
+@pytest.mark.parametrize("most", ["0", "3", "8"])
+async def test_all_tenants_together_have_no_more_columns_than_the_limit(tmp_path: Path, most: str) -> None:
+    folder = tmp_path / "index"
+    async with (
+        broken_worker(tmp_path, "MAX_COLUMNS: Final = 100", "MAX_COLUMNS: Final = 2"),
+        broken_worker(tmp_path, "MAX_ALL_COLUMNS: Final = 4096", f"MAX_ALL_COLUMNS: Final = {most}"),
+        broken_worker(tmp_path, "READ: Final = 100", "READ: Final = 2"),
+        broken_worker(tmp_path, "STEP: Final = 0.01", "STEP: Final = 0.0"),
+    ):
+        shelf = Shelf(await EdgeIndex.open(folder, SPEC, answers=0))
+    for _ in range(8):
+        await shelf.write(8)
+    # More than there is room for, asked by both at once, while either is written to.
+    async with asyncio.TaskGroup() as group:
+        for number in range(3):
+            group.create_task(shelf.check(), name=f"check {number}")
+    for _ in range(3):
+        await shelf.write(4)
+        await shelf.check(WHERES[:2])
+    await shelf.index.facet("shop", [("image_status", Filter())], 5)  # which nobody asked for before
+    assert sum(map(len, noted(folder).values())) in range(1, max(int(most), 1) + 1)
+    await shelf.index.close()
+
+
+@pytest.mark.parametrize(("idle", "kept"), [("600.0", "a"), ("-1.0", "b")])
+async def test_a_filter_takes_the_place_of_what_nobody_asks_for(tmp_path: Path, idle: str, kept: str) -> None:
+    folder = tmp_path / "index"
+    async with (
+        broken_worker(tmp_path, "MAX_COLUMNS: Final = 100", "MAX_COLUMNS: Final = 1"),
+        broken_worker(tmp_path, "MAX_FILTERED: Final = 64", "MAX_FILTERED: Final = 1"),
+        broken_worker(tmp_path, "IDLE: Final = 600.0", f"IDLE: Final = {idle}"),
+    ):
+        index = await EdgeIndex.open(folder, SPEC)
+    await put(index, "shop", a="1", b="2")
+    for name, value in (("a", "1"), ("b", "2"), ("b", "1")):
+        where = Filter((Condition(f"attributes.{name}", (value,)),))
+        assert await index.facet("shop", [("brand", where)], 5) == [[("B", 1)] if (name, value) != ("b", "1") else []]
+    assert set(noted(folder)["shop"]) == {facet_field("brand"), *columns_of(kept)}
     await index.close()
 
 
@@ -207,7 +322,7 @@ async def test_what_every_product_may_have_is_always_worth_a_column(tmp_path: Pa
     await shelf.index.facet("shop", [("in_stock", where) for where in WHERES], 5)
     always = {"in_stock", "offer.price", facet_field("brand"), facet_field("group_id")}
     size = {f"numbers.{short_key('size')}"} if kept else set()
-    assert set(json.loads((folder / "columns.json").read_bytes())) == always | size
+    assert {tenant: set(keys) for tenant, keys in noted(folder).items()} == {"shop": always | size}
     await shelf.index.close()
 
 
@@ -259,7 +374,7 @@ async def test_true_and_one_are_two_conditions(tmp_path: Path) -> None:
     ("step", "rest", "counts"),
     [
         pytest.param(0.0, 1e12, None, id="calls that wait go first"),
-        pytest.param(0.0, 0.0, 30, id="a column is read however many calls wait"),
+        pytest.param(0.0, 0.0, 29, id="a column is read however many calls wait"),
         pytest.param(1e12, 0.0, 0, id="a step ends by its time"),
     ],
 )
@@ -303,3 +418,26 @@ def conversation(asked: Sequence[tuple[str, tuple[object, ...]]]) -> list[int]:
                 edge_worker._read(ours, length)
                 answers.append(number)
         return answers
+
+
+async def test_tenants_columns_are_read_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = await EdgeIndex.open(tmp_path / "index", SPEC)
+    for tenant, count in (("large", 60), ("small", 4)):
+        made = [Product(product_id=f"p{number}", name="n", version=1, brand="B") for number in range(count)]
+        await index.upsert([IndexDocument(tenant, product, "none") for product in made])
+    await index.close()
+    for name, value in (("READ", 2), ("STEP", 0.0), ("READ_REST", 0.0)):
+        monkeypatch.setattr(edge_worker, name, value)
+    large, small = 1, 2
+    facet: tuple[object, ...] = ([([], [])], [(facet_field("brand"), 0)], 5)
+    asked: list[tuple[str, tuple[object, ...]]] = [
+        ("open", (str(tmp_path / "index"), asdict(SPEC), POINT_NAMESPACE.bytes, 1_000_000)),
+        ("facet", ("large", *facet)),
+        ("facet", ("small", *facet)),
+        *(("counts", ("small",)) for _ in range(50)),
+        ("close", ()),
+    ]
+    answered = await asyncio.to_thread(conversation, asked)
+    # One step before each call: two of the small one's products in each other step, so in the fourth it has all.
+    assert answered.index(small) < 6
+    assert answered.index(large) > 30

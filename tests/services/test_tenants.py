@@ -139,3 +139,26 @@ async def test_nobody_sees_anothers_under_load(shop: Shop) -> None:
     async with asyncio.TaskGroup() as group:
         for number in range(240):
             group.create_task(one(("red", "blue")[number % 2]), name=f"load.{number}")
+
+
+async def test_what_another_counts_leaves_room_and_tells_nothing(shop: Shop) -> None:
+    """The last one here: it leaves products."""
+    names = [f"count-{number}" for number in range(110)]
+    for at in range(0, len(names), 55):
+        attributes: dict[str, Any] = dict.fromkeys(names[at : at + 55], "x")
+        product = Product(product_id=f"counted-{at}", name="canvas shoe", brand="blue", attributes=attributes)
+        await shop.put(product, tenant="blue")
+
+    async def counted(tenant: str, facets: list[str]) -> Any:
+        body = {"query": "canvas shoe", "facets": facets, "limit": 1}
+        answer = await ask(shop, tenant, "POST", "/api/v1/search", json=body)
+        assert answer.status == 200
+        return answer.json["facets"]
+
+    for at in range(0, len(names), 10):
+        facets = [f"attributes.{name}" for name in names[at : at + 10]]
+        invented = [f"attributes.invented-{number}" for number in range(at, at + 10)]
+        assert await counted("blue", facets) == {name: [{"value": "x", "count": 1}] for name in facets}
+        for nobodys in (facets, invented):
+            assert await counted("red", nobodys) == {key: [] for key in nobodys}
+    assert await counted("red", ["attributes.of"]) == {"attributes.of": [{"value": "red", "count": COMMON + 1}]}

@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalens.engines.columns import LEAST, Mask, Table, stated_in
+from catalens.engines.columns import LEAST, NAMES, READING, Kept, Mask, Table, stated_in
+from catalens.engines.rules import short_key
 
 KEYS = ("facets.n1", "state", "in_stock", "numbers.n2", "offer.price")
 PRODUCTS = st.fixed_dictionaries(
@@ -105,3 +106,56 @@ def test_what_was_given_up_is_cleared_away_when_it_is_the_larger_part() -> None:
     assert slots[kept] == 0
     assert len(slots) == LEAST + 2
     assert len(plain.table.everybody()) == 1
+
+
+def test_a_column_that_was_given_up_has_nothing_until_it_is_read_again() -> None:
+    plain = Plain()
+    plain.put({"facets": {"n1": ["a"]}, "offer": {"price": 5}})
+    everybody = plain.table.everybody()
+    for key in KEYS:
+        plain.table.forget(key)
+    assert plain.table.most_frequent("facets.n1", everybody, 5) == []
+    assert plain.table.extremes("offer.price", everybody) == []
+    plain.table.add(0, plain.products[0], KEYS)
+    assert plain.table.most_frequent("facets.n1", everybody, 5) == [("a", 1)]
+    assert plain.table.extremes("offer.price", everybody) == [5, 5]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["facets", "numbers"]), st.text(max_size=5)), max_size=30), st.text())
+def test_names_that_are_there_are_known(stated: list[tuple[str, str]], other: str) -> None:
+    table = Table()
+    assert not table.named(f"facets.{short_key(other)}")
+    for kind, name in stated:
+        table.add(table.new(), {kind: {short_key(name): ["x"]}}, [NAMES])
+    assert all(table.named(f"{kind}.{short_key(name)}") for kind, name in stated)
+    # Of thirty names no other one is taken for another, but once in many millions.
+    assert table.named(f"facets.{short_key(other)}") == (other in {name for _, name in stated})
+    table.forget(NAMES)
+    assert not any(table.named(f"{kind}.{short_key(name)}") for kind, name in stated)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sets(st.sampled_from(["v1", "v2", "v3", "n1", "n2", "x", "y"])))))
+def test_what_was_asked_for_longest_ago_is_kept_no_more(requests: list[tuple[str, set[str]]]) -> None:
+    most = {"v": 2, "n": 1}
+    kept = Kept([(lambda key: key[0] == "v", most["v"]), (lambda key: key[0] == "n", most["n"])], most=6)
+    asked: dict[tuple[str, str], int] = {}
+    for now, (tenant, keys) in enumerate(requests):
+        there = set(kept.of(tenant))
+        assert kept.ask(tenant, keys, now) == (keys <= there)
+        kept.add(tenant, keys - there, READING)
+        assert kept.ask(tenant, keys, now) == (keys <= there), "not before it is whole"
+        before = {(owner, key) for owner in "abc" for key in kept.of(owner)}
+        gone = kept.settle(tenant, keys, now)
+        asked.update(dict.fromkeys(((tenant, key) for key in keys), now))
+        after = {(owner, key) for owner in "abc" for key in kept.of(owner)}
+        assert sorted(gone) == sorted(before - after)
+        assert {(tenant, key) for key in keys} <= after, "what is needed stays"
+        assert len(after) <= max(6, len(keys))
+        for kind, limit in most.items():
+            of_a_kind = [key for key in kept.of(tenant) if key[0] == kind]
+            assert len(of_a_kind) <= max(limit, len([key for key in keys if key[0] == kind]))
+        for owner, key in gone:  # nothing stays that should have gone before it
+            of_all = owner != tenant or key[0] not in most
+            rivals = after if of_all else {one for one in after if one[0] == owner and one[1][0] == key[0]}
+            assert all(asked[one] >= asked[owner, key] for one in rivals)
+        assert kept.all() == sorted(after, key=lambda one: (asked[one], one))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 LEAST: Final = 1024
 """Slots given up of which nothing is cleared away yet."""
+NAMES: Final = "names"
+"""The column that knows which attributes, tags and numbers there are."""
 Mask: TypeAlias = npt.NDArray[np.bool_]
 """Slots, true for those that are meant."""
 Value: TypeAlias = str | int
@@ -116,6 +118,33 @@ class Numbers:
             self._numbers.extend([math.nan] * (size - len(self._numbers)))
 
 
+class Names:
+    """Which names of attributes, tags and numbers some product had, in 8 KiB however many they are.
+
+    One that is there is always found. Of those that are not, one in 80,000 is found where there are a thousand, one in
+    twenty where there are ten thousand: a Bloom filter of four bits, taken from the hash that a name is.
+    """
+
+    def __init__(self) -> None:
+        self._bits = bytearray(1 << 13)
+
+    def add(self, payload: Mapping[str, Any]) -> None:
+        """Note what a product has."""
+        for kind in ("facets", "numbers"):
+            for name in payload.get(kind, ()):
+                for at in _places(name):
+                    self._bits[at >> 3] |= 1 << (at & 7)
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether some product had `name`."""
+        return all(self._bits[at >> 3] >> (at & 7) & 1 for at in _places(name))
+
+
+def _places(name: str) -> tuple[int, int, int, int]:
+    number = int(name[1:], 16)  # see `rules.short_key`
+    return number & 0xFFFF, number >> 16 & 0xFFFF, number >> 32 & 0xFFFF, number >> 48
+
+
 def stated_in(payload: Mapping[str, Any], key: str) -> Sequence[Any]:
     """Return what `payload` has at `key`, which is at most two names deep."""
     head, _, name = key.partition(".")
@@ -135,6 +164,7 @@ class Table:
         self._live = 0
         self._values: dict[str, Values] = {}
         self._numbers: dict[str, Numbers] = {}
+        self._names: Names | None = None
 
     @property
     def wasteful(self) -> bool:
@@ -155,11 +185,26 @@ class Table:
     def add(self, slot: int, payload: Mapping[str, Any], keys: Iterable[str]) -> None:
         """Note what a product has in the columns `keys`."""
         for key in keys:
+            if key == NAMES:
+                self._names = self._names or Names()
+                self._names.add(payload)
+                continue
             stated = stated_in(payload, key)
             if stated and is_number(key):
                 self._numbers.setdefault(key, Numbers()).add(slot, stated)
             elif stated:
                 self._values.setdefault(key, Values()).add(slot, stated)
+
+    def forget(self, key: str) -> None:
+        """Give the column `key` up."""
+        self._values.pop(key, None)
+        self._numbers.pop(key, None)
+        if key == NAMES:
+            self._names = None
+
+    def named(self, key: str) -> bool:
+        """Return whether some product had what the column `key` is about, as the column NAMES knows."""
+        return self._names is not None and key.partition(".")[2] in self._names
 
     def compact(self) -> list[int]:
         """Clear away what was given up; return the new slot of each old one."""
@@ -206,3 +251,71 @@ _NO_VALUES: Final = Values()
 def is_number(key: str) -> bool:
     """Return whether the column `key` holds numbers."""
     return key.startswith("numbers.") or key in ("offer.price", "offer.stock")
+
+
+class Kept:
+    """Which columns of which tenant are kept, and when each was last asked for: the longest ago goes first."""
+
+    def __init__(self, limits: Sequence[tuple[Callable[[str], bool], int]], most: int) -> None:
+        """Keep of each tenant no more than so many columns of a kind, and of all tenants together no more than `most`.
+
+        A single request may need more than that: what it needs is kept until another one needs something.
+        """
+        self._limits = limits
+        self._most = most
+        self._of: dict[str, dict[str, float]] = {}
+
+    def of(self, tenant: str) -> Mapping[str, float]:
+        """Return the columns of `tenant`, and when each was last asked for: READING if it is not whole yet."""
+        return self._of.get(tenant, _NOTHING)
+
+    def all(self) -> list[tuple[str, str]]:
+        """Return the tenants and their columns that are whole, in the order in which they were last asked for."""
+        every = [(asked, tenant, key) for tenant, mine in self._of.items() for key, asked in mine.items()]
+        return [(tenant, key) for asked, tenant, key in sorted(every) if asked < READING]
+
+    def add(self, tenant: str, keys: Iterable[str], asked: float) -> None:
+        """Keep these too, be it beyond the limits until `settle`."""
+        self._of.setdefault(tenant, {}).update(dict.fromkeys(keys, asked))
+
+    def ask(self, tenant: str, keys: Iterable[str], now: float) -> bool:
+        """Note that these are asked for; return whether all are there and whole."""
+        mine = self._of.get(tenant, {})
+        whole = True
+        for key in keys:
+            if mine.get(key, READING) < READING:
+                mine[key] = now
+            else:
+                whole = False
+        return whole
+
+    def drop(self, tenant: str, key: str) -> None:
+        """Keep a column no more."""
+        del self._of[tenant][key]
+        if not self._of[tenant]:
+            del self._of[tenant]
+
+    def settle(self, tenant: str, needed: Iterable[str], now: float) -> list[tuple[str, str]]:
+        """Note that what is `needed` by `tenant` is whole now, and keep the limits; return what is kept no more."""
+        mine = self._of.get(tenant, {})
+        mine.update({key: now for key in needed if key in mine})
+        gone: list[tuple[str, str]] = []
+        for counts, most in self._limits:
+            ages = sorted((asked, tenant, key) for key, asked in mine.items() if counts(key))
+            gone += self._give_up(ages, len(ages) - most, now)
+        over = sum(map(len, self._of.values())) - self._most
+        if over > 0:
+            every = ((asked, owner, key) for owner, theirs in self._of.items() for key, asked in theirs.items())
+            gone += self._give_up(heapq.nsmallest(over, every), over, now)
+        return gone
+
+    def _give_up(self, ages: Sequence[tuple[float, str, str]], count: int, now: float) -> list[tuple[str, str]]:
+        gone = [(tenant, key) for asked, tenant, key in ages[: max(0, count)] if asked < now]
+        for tenant, key in gone:
+            self.drop(tenant, key)
+        return gone
+
+
+READING: Final = math.inf
+"""When a column that is being read was last asked for."""
+_NOTHING: Final[Mapping[str, float]] = {}

@@ -70,7 +70,7 @@ CALL: Final = struct.Struct("<Qq")
 ANSWER: Final = struct.Struct("<Qq10p")
 """The same, and the kind of the answer."""
 COLUMNS: Final = "columns.json"
-"""The names of the columns that were asked for, so that the next process reads them when it opens the folder."""
+"""The tenants and columns that were asked for, so that the next process reads them when it opens the folder."""
 FLUSH_EVERY: Final = 5.0
 """Seconds that a write may wait for its fsync; kill -9 costs nothing, power loss at most this."""
 GONE: Final = ("deleted", "offer")
@@ -80,13 +80,20 @@ DISK_RESERVE: Final = 128 * 1024 * 1024
 LOCK_PATIENCE: Final = 3.0
 """Seconds to wait for the folder: the child of a killed process needs a moment to see its end."""
 MAX_NUMBER_INDEXES: Final = 64
-"""Numeric attributes that get an index of their own; what is asked beyond is scanned."""
+"""Numeric attributes that get an index of their own, and of each tenant those that get a column; what is asked beyond
+is scanned."""
 MAX_COLUMNS: Final = 100
-"""Attributes and tags whose values can be counted; what every product may have is always."""
+"""Attributes and tags of one tenant that have a column; what every product may have is beside them."""
 MAX_FILTERED: Final = 64
-"""The same, from which on no filter makes another column, but is left to the engine."""
+"""The same, from which on no filter makes another column, but is left to the engine, while they are asked for."""
+IDLE: Final = 600.0
+"""Seconds after which a column that nobody asked for may make room for one that only a filter wants."""
+MAX_ALL_COLUMNS: Final = 4096
+"""Columns of all tenants together, some KiB each beside what their products have in them."""
+MAX_REMEMBERED: Final = 200
+"""Columns that a process reads when it opens the folder: each makes every point dearer to read, whosoever it is."""
 MAX_FACET_KEYS: Final = 1000
-"""Fields of which it is remembered that some product has them: no column is read for what nobody has."""
+"""Fields that the marker names, for a release that reads no column for what nobody has, be it of another tenant."""
 READ: Final = 100
 """Points that are read into new columns at once."""
 STEP: Final = 0.01
@@ -136,7 +143,11 @@ class Refusal(Exception):
 
 
 class Unread(Exception):
-    """What is asked for is being read: ask again when nothing is."""
+    """What is asked for is being read: ask again when nothing of this tenant is."""
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(tenant)
+        self.tenant = tenant
 
 
 @dataclass(slots=True)
@@ -166,11 +177,10 @@ class TenantView:
 class Directory:
     """Who is stored, in memory: paging in id order, counts and point id → product id without asking the engine."""
 
-    def __init__(self, points: Iterable[tuple[UUID, Payload]], keys: Sequence[str]) -> None:
+    def __init__(self, points: Iterable[tuple[UUID, Payload]], kept: columns.Kept) -> None:
         self.entries: dict[UUID, Entry] = {}
         self.tenants: defaultdict[str, TenantView] = defaultdict(TenantView)
-        self.keys = list(keys)
-        """The columns that are kept."""
+        self._kept = kept
         for point, payload in points:
             entry = self._put(point, payload)
             if entry.state == "live":
@@ -191,7 +201,7 @@ class Directory:
         if entry.state == "live":
             table = self.tenants[entry.tenant].table
             entry.slot = table.new()
-            table.add(entry.slot, payload, self.keys)
+            table.add(entry.slot, payload, self._kept.of(entry.tenant))
         return entry
 
     def drop(self, point: UUID) -> None:
@@ -218,10 +228,13 @@ class Directory:
 
 @dataclass(slots=True)
 class Reading:
-    """Columns that are being read from the points, in the order of their ids."""
+    """Columns that are being read from a tenant's live products, in the order of their ids."""
 
+    tenant: str
     keys: list[str]
-    offset: Any = None
+    needed: set[str]
+    """What the call needs that they are read for."""
+    after: str = ""
     written: set[UUID] = field(default_factory=set)
     """What was written since it began: the columns have that."""
 
@@ -246,7 +259,7 @@ class Store:
         self._indexed = set(self._shard.info().payload_schema)
         self._numbers: set[str] = set()
         self._facets: set[str] | None = set()
-        """The fields that can be counted; None if products are stored here without them, by an earlier release."""
+        """MAX_FACET_KEYS of the fields; None if products are stored here without them, by an earlier release."""
         self._sequence = 0
         self._loose: set[UUID] = set()
         """Points that were written since the graph was built."""
@@ -254,12 +267,19 @@ class Store:
         """The same, of earlier processes."""
         self._optimising: Optimising | None = None
         self._not_before = 0.0
-        self._columns = set(_remembered(folder / COLUMNS))
-        """The columns that are whole."""
-        self._reading: Reading | None = None
+        self._kept = columns.Kept(
+            [(_is_limited, MAX_COLUMNS), (_is_attribute_number, MAX_NUMBER_INDEXES)], most=MAX_ALL_COLUMNS
+        )
+        for tenant, key in _remembered(folder / COLUMNS):
+            self._kept.add(tenant, [key], time.monotonic())
+        self._readings: dict[str, Reading] = {}
+        """One of a tenant at a time; the first is next."""
         self._read_again = 0.0
         """When calls have waited long enough for reading to go on before them."""
-        self.directory = Directory(self._scan(), sorted(self._columns))
+        self.directory = Directory(self._scan(), self._kept)
+        for tenant, key in self._kept.all():
+            if not self._lives(tenant):
+                self._kept.drop(tenant, key)
         self._acknowledged = os.open(folder / "acknowledged", os.O_RDWR | os.O_CREAT, 0o644)
         acknowledged = int.from_bytes(os.pread(self._acknowledged, 8, 0), "little")
         self.lost_batches = max(0, acknowledged - self._sequence)
@@ -316,8 +336,9 @@ class Store:
                 self._facets.update(sorted(new)[: MAX_FACET_KEYS - len(self._facets)])
         if self._has_graph:
             self._loose.update(changed)
-        if self._reading is not None:
-            self._reading.written.update(changed)
+        for point, draft in changed.items():
+            if (reading := self._readings.get(draft.payload["tenant"])) is not None:
+                reading.written.add(point)
         points.append(self._marker())
         self._update(edge.UpdateOperation.upsert_points(points), changed)
         os.pwrite(self._acknowledged, self._sequence.to_bytes(8, "little"), 0)
@@ -408,9 +429,11 @@ class Store:
         return [self._count(tenant, where, masks) for where in wheres]
 
     def _count(self, tenant: str, where: Plain, masks: dict[int, columns.Mask]) -> int:
+        if not self._lives(tenant):
+            return 0
         if where == ([], []):
-            return self.directory.tenants[tenant].states["live"] if tenant in self.directory.tenants else 0
-        if self._columns_of(where) <= self._columns:
+            return self.directory.tenants[tenant].states["live"]
+        if self._has_columns(tenant, self._columns_of(tenant, where)):
             return int(self._under(tenant, where, masks).sum())
         if not where[0]:
             return self._counted_under(self._living(tenant, where))
@@ -432,15 +455,15 @@ class Store:
 
         Raises Unread.
         """
-        if self._facets is None and _any_facet(key for key, _ in asked):
+        if self._facets is None and any(key.startswith("facets.") for key, _ in asked):
             raise Refusal("facet", f"this index was made before values could be counted: {WAY_OUT}")
-        wanted = {key for key, _ in asked if self._somebody_has(key)}
-        if len(_limited(self._columns | wanted)) > MAX_COLUMNS and not _limited(wanted) <= self._columns:
-            raise Refusal("facet", f"{MAX_COLUMNS} other attributes and tags are counted already, and that is the most")
-        self._need(wanted.union(*map(self._worth_a_column, wheres)))
+        if not self._lives(tenant):
+            return [[] for _ in asked]
+        wanted = {key for key, _ in asked if self._somebody_has(tenant, key)}
+        self._need(tenant, wanted.union(*(self._worth_a_column(tenant, where) for where in wheres)))
         masks: dict[int, columns.Mask] = {}
         under = [self._under(tenant, where, masks) for where in wheres]
-        table = self.directory.tenants[tenant].table if tenant in self.directory.tenants else columns.Table()
+        table = self.directory.tenants[tenant].table
         return [table.most_frequent(key, under[number], limit) for key, number in asked]
 
     def extremes(self, tenant: str, key: str, where: Plain) -> list[float]:
@@ -448,9 +471,9 @@ class Store:
 
         Raises Unread.
         """
-        self._need({key} | self._worth_a_column(where))
-        if tenant not in self.directory.tenants:
+        if not self._lives(tenant):
             return []
+        self._need(tenant, {key} | self._worth_a_column(tenant, where))
         return self.directory.tenants[tenant].table.extremes(key, self._under(tenant, where, {}))
 
     def page(self, tenant: str, after: str | None, limit: int, where: Plain) -> list[Payload]:
@@ -530,9 +553,9 @@ class Store:
         if self.dirty_since is not None and now >= self.dirty_since + FLUSH_EVERY:
             self.flush()
         due = [self.dirty_since + FLUSH_EVERY] if self.dirty_since is not None else []
-        if self._reading is not None:  # who asked may have gone away, but somebody will ask again
+        if self._readings:  # who asked may have gone away, but somebody will ask again
             if not called or now >= self._read_again:
-                self._read_on(self._reading)
+                self._read_on(self._readings.pop(next(iter(self._readings))))
             due.append(now)
         if self._optimising is not None:
             if self._step(self._optimising):
@@ -548,10 +571,9 @@ class Store:
         """What tells that `tend` has something to do before its time."""
         return [] if self._optimising is None or self._optimising.ended else [self._optimising.output]
 
-    @property
-    def reads(self) -> bool:
-        """Whether columns are being read, and who was told Unread waits."""
-        return self._reading is not None
+    def reads(self, tenant: str) -> bool:
+        """Return whether columns of `tenant` are being read, and who was told Unread waits."""
+        return tenant in self._readings
 
     @property
     def _has_graph(self) -> bool:
@@ -647,15 +669,19 @@ class Store:
             found[_uuid(record.id)] = _with_vectors(record, with_vectors)
         return [found[point] for point in live]
 
-    # --- columns (docs/adr/0028) ---
+    # --- columns (docs/adr/0028, docs/adr/0031) ---
 
-    def _somebody_has(self, key: str) -> bool:
-        kind, _, name = key.partition(".")
-        if kind == "numbers":
-            return name in self._numbers
-        return kind != "facets" or self._facets is None or len(self._facets) >= MAX_FACET_KEYS or name in self._facets
+    def _lives(self, tenant: str) -> bool:
+        """Return whether `tenant` has a product that could have something in a column."""
+        return tenant in self.directory.tenants and bool(self.directory.tenants[tenant].live)
 
-    def _columns_of(self, where: Plain) -> set[str]:
+    def _somebody_has(self, tenant: str, key: str) -> bool:
+        """Return whether products of `tenant` may have something in the column `key`; nobody else's are asked."""
+        if not _is_named(key) or (self._facets is None and key.startswith("facets.")):
+            return True
+        return not self._has_columns(tenant, [columns.NAMES]) or self.directory.tenants[tenant].table.named(key)
+
+    def _columns_of(self, tenant: str, where: Plain) -> set[str]:
         """Return the columns without which `where` cannot be told."""
         clauses, none_of = where
         keys: set[str] = set()
@@ -664,60 +690,81 @@ class Store:
                 keys.update(_facet_of(term)[0] for term in value)
             elif kind != "points":
                 keys.add(key)
-        return {key for key in keys if self._somebody_has(key)}
+        return {key for key in keys if self._somebody_has(tenant, key)}
 
-    def _worth_a_column(self, where: Plain) -> set[str]:
+    def _worth_a_column(self, tenant: str, where: Plain) -> set[str]:
         """Return the columns of `where` that it may have read: of attributes and tags, and of numbers, if there is
         room for them, and of values only where every product has what belongs there."""
-        keys = self._columns_of(where)
-        values, numbers = _limited(keys), _attribute_numbers(keys)
-        if len(_limited(self._columns) | values) > MAX_FILTERED:
-            keys -= values - self._columns
-        if len(_attribute_numbers(self._columns) | numbers) > MAX_NUMBER_INDEXES:
-            keys -= numbers - self._columns
+        keys = self._columns_of(tenant, where)
+        kept = self._kept.of(tenant)
+        used = {key for key, asked in kept.items() if asked >= time.monotonic() - IDLE}
+        for counts, most in ((_is_limited, MAX_FILTERED), (_is_attribute_number, MAX_NUMBER_INDEXES)):
+            some = set(filter(counts, keys))
+            if len(some.union(filter(counts, used))) > most:
+                keys -= some - kept.keys()
         if self._facets is None:
-            keys = {key for key in keys if key in self._columns or not _any_facet([key])}
+            keys = {key for key in keys if key in kept or not key.startswith("facets.")}
         return keys
 
-    def _need(self, keys: set[str]) -> None:
+    def _has_columns(self, tenant: str, keys: Iterable[str]) -> bool:
+        """Return whether these, which are asked for now, are there and whole."""
+        return self._kept.ask(tenant, keys, time.monotonic())
+
+    def _need(self, tenant: str, keys: set[str]) -> None:
         """Return if there are these columns; else raise Unread, and `tend` reads them."""
-        if keys <= self._columns:
+        if self._has_columns(tenant, keys):
             return
-        if self._reading is None:
-            self._reading = Reading(sorted(keys - self._columns))
-            self.directory.keys += self._reading.keys
-        raise Unread
+        if tenant not in self._readings:
+            missing = keys - self._kept.of(tenant).keys()
+            if any(map(_is_named, missing)) and columns.NAMES not in self._kept.of(tenant):
+                missing.add(columns.NAMES)
+            self._kept.add(tenant, missing, columns.READING)
+            self._readings[tenant] = Reading(tenant, sorted(missing), keys | missing)
+        raise Unread(tenant)
 
     def _read_on(self, work: Reading) -> None:
-        """Read points until all are, or a STEP is over."""
-        directory = self.directory
+        """Read products until all are, or a STEP is over, and it is the turn of another tenant's."""
+        view = self.directory.tenants[work.tenant]
+        fields = work.keys
+        if columns.NAMES in fields:
+            fields = sorted({"facets", "numbers", *(key.partition(".")[0] for key in fields)})
         began = time.monotonic()
         while True:
-            request = edge.ScrollRequest(offset=work.offset, limit=READ, with_payload=work.keys, with_vector=False)
-            records, work.offset = self._shard.scroll(request)
-            for record in records:
-                point = _uuid(record.id)
-                entry = directory.entries.get(point)
-                if entry is not None and entry.state == "live" and point not in work.written:
-                    directory.tenants[entry.tenant].table.add(entry.slot, record.payload or {}, work.keys)
+            start = bisect_right(view.live, work.after)
+            names = view.live[start : start + READ]
+            points = {self._point(work.tenant, name) for name in names} - work.written
+            for record in self._shard.retrieve(list(points), fields, False) if points else ():
+                entry = self.directory.entries[_uuid(record.id)]
+                view.table.add(entry.slot, record.payload or {}, work.keys)
             now = time.monotonic()
-            if work.offset is None or now >= began + STEP:
+            if whole := start + READ >= len(view.live):
+                break
+            work.after = names[-1]
+            if now >= began + STEP:
                 break
         self._read_again = now + READ_REST * (now - began)
-        if work.offset is None:
-            self._reading = None
-            self._columns.update(work.keys)
-            try:
-                _remember(self._folder / COLUMNS, self._columns)
-            except OSError as error:  # the next process reads them when they are asked for
-                self._say("warning", "index.columns_not_noted", error=str(error))
+        if whole:
+            self._keep(work, now)
+        else:
+            self._readings[work.tenant] = work
+
+    def _keep(self, work: Reading, now: float) -> None:
+        """Keep what was read of what there is, and give up for it what was asked for longest ago."""
+        table = self.directory.tenants[work.tenant].table
+        for key in set(work.keys):
+            if columns.NAMES in work.keys and _is_named(key) and not table.named(key):
+                self._kept.drop(work.tenant, key)
+        for tenant, key in self._kept.settle(work.tenant, work.needed, now):
+            self.directory.tenants[tenant].table.forget(key)
+        try:
+            _remember(self._folder / COLUMNS, self._kept.all())
+        except OSError as error:  # the next process reads them when they are asked for
+            self._say("warning", "index.columns_not_noted", error=str(error))
 
     def _under(self, tenant: str, where: Plain, masks: dict[int, columns.Mask]) -> columns.Mask:
         """Return which live products are under `where`; `masks` are those of clauses, by identity, for other calls."""
-        if tenant not in self.directory.tenants:
-            return columns.Table().everybody()
         table = self.directory.tenants[tenant].table
-        if not self._columns_of(where) <= self._columns:
+        if not self._has_columns(tenant, self._columns_of(tenant, where)):
             request = edge.ScrollRequest(
                 limit=len(self.directory.entries) + 1, filter=self._living(tenant, where), with_payload=False
             )
@@ -802,7 +849,7 @@ class Store:
 
     def _scan(self) -> Iterable[tuple[UUID, Payload]]:
         names = ["tenant", "product_id", "state", "image_status", "indexed_at", "numbers"]
-        fields = [*names, "sequence", "facet_keys", "loose", *self._columns]
+        fields = [*names, "sequence", "facet_keys", "loose", *{key for _, key in self._kept.all()}]
         offset: Any = None
         while True:
             records, offset = self._shard.scroll(
@@ -815,7 +862,9 @@ class Store:
                     self._facets = set(payload["facet_keys"]) if "facet_keys" in payload else None
                     self._loose_before = int(payload.get("loose", 0))
                     if self._facets is None:  # that release wrote to it since
-                        self._columns = {key for key in self._columns if not _any_facet([key])}
+                        for tenant, key in self._kept.all():
+                            if key.startswith("facets."):
+                                self._kept.drop(tenant, key)
                 else:
                     self._numbers.update(payload.get("numbers", ()))
                     yield _uuid(record.id), payload
@@ -933,32 +982,39 @@ def _write_meta(path: Path, meta: Mapping[str, Any]) -> None:
     _sync(path.parent)
 
 
-def _remembered(path: Path) -> list[str]:
-    """Return the columns to begin with; only time is lost where the file says none."""
+def _remembered(path: Path) -> list[tuple[str, str]]:
+    """Return the tenants and columns to begin with; only time is lost where the file says none."""
     try:
         said = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return []
-    return [key for key in said if isinstance(key, str)][: 2 * MAX_COLUMNS] if isinstance(said, list) else []
+    pairs = [
+        (one[0], one[1])
+        for one in (said if isinstance(said, list) else ())  # of an earlier release, without tenants
+        if isinstance(one, list) and len(one) == 2 and all(isinstance(name, str) for name in one)
+    ]
+    last = list(dict.fromkeys(key for _, key in reversed(pairs)))[:MAX_REMEMBERED]
+    return [(tenant, key) for tenant, key in pairs if key in last]
 
 
-def _remember(path: Path, keys: Iterable[str]) -> None:
+def _remember(path: Path, kept: Iterable[tuple[str, str]]) -> None:
     new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(sorted(keys)) + "\n", encoding="utf-8")
+    new.write_text(json.dumps([pair for pair in kept if pair[1] != columns.NAMES]) + "\n", encoding="utf-8")
     new.replace(path)
 
 
-def _any_facet(keys: Iterable[str]) -> bool:
-    return any(key.startswith("facets.") for key in keys)
+def _is_limited(key: str) -> bool:
+    """Return whether it is a column of an attribute's or tag's values, of which there can be any number."""
+    return key.startswith("facets.") and key not in _EVERYBODYS
 
 
-def _limited(keys: Iterable[str]) -> set[str]:
-    """Return the columns of attributes' and tags' values, of which there can be any number."""
-    return {key for key in keys if key.startswith("facets.") and key not in _EVERYBODYS}
+def _is_attribute_number(key: str) -> bool:
+    return key.startswith("numbers.")
 
 
-def _attribute_numbers(keys: Iterable[str]) -> set[str]:
-    return {key for key in keys if key.startswith("numbers.")}
+def _is_named(key: str) -> bool:
+    """Return whether a product names what the column `key` is about: no column is read for what nobody has."""
+    return _is_limited(key) or _is_attribute_number(key)
 
 
 _EVERYBODYS: Final = frozenset(
@@ -1148,19 +1204,18 @@ def _send(connection: socket.socket, number: int, kind: str, value: object) -> N
     connection.sendall(ANSWER.pack(len(body), number, kind.encode()) + body)
 
 
-def _tend_until_called(connection: socket.socket, store: Store, waiting: list[int]) -> None:
-    """Return when a call is there; before it, and while none is, do what is due. Who was `waiting` is told to ask
-    again when what was read is read."""
+def _tend_until_called(connection: socket.socket, store: Store, waiting: dict[int, str]) -> None:
+    """Return when a call is there; before it, and while none is, do what is due. Who was `waiting` for a tenant's
+    columns is told to ask again when they are read: first who asked first, so that nobody's go before he has them."""
     seconds: float | None = 0.0
     called = False
     while not called:
         ready, _, _ = select.select([connection.fileno(), *store.news], [], [], seconds)
         called = connection.fileno() in ready
         seconds = store.tend(called=called)
-        if waiting and not store.reads:
-            for number in waiting:
-                _send(connection, number, "again", None)
-            waiting.clear()
+        for number in [number for number, tenant in waiting.items() if not store.reads(tenant)]:
+            _send(connection, number, "again", None)
+            del waiting[number]
 
 
 def serve(connection: socket.socket) -> None:
@@ -1177,15 +1232,15 @@ def serve(connection: socket.socket) -> None:
         return
     _send(connection, number, "ok", {"lost_batches": store.lost_batches, "points": len(store.directory.entries)})
     gc.freeze()  # what is kept of every point is no garbage, and looking through it would stop all calls
-    waiting: list[int] = []
+    waiting: dict[int, str] = {}
     method = ""
     while method != "close":
         _tend_until_called(connection, store, waiting)
         number, method, arguments = _receive(connection)
         try:
             kind, value = "ok", getattr(store, method)(*arguments)
-        except Unread:
-            waiting.append(number)
+        except Unread as unread:
+            waiting[number] = unread.tenant
             continue
         except Refusal as refusal:
             kind, value = refusal.kind, str(refusal)
