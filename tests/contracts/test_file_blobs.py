@@ -28,6 +28,13 @@ async def test_putting_a_known_blob_makes_it_young_again(tmp_path: Path) -> None
     assert await store.get(reference) == b"picture"
 
 
+@pytest.mark.parametrize("below", ["", "pictures"])
+def test_a_place_that_is_no_folder_is_said_and_not_waited_for(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(Misconfigured, match="CATALENS_BLOBS__URL"):
+        FileBlobStore(tmp_path / "file" / below)
+
+
 async def test_what_a_killed_process_left_unfinished_is_no_blob_and_is_swept(tmp_path: Path) -> None:
     FileBlobStore(tmp_path)
     (tmp_path / "unfinished" / "half").write_bytes(b"half a pict")
@@ -78,7 +85,7 @@ async def test_who_only_reads_needs_no_right_to_write() -> None:
         finally:
             for folder in closed:
                 folder.chmod(0o755)
-    assert done.stdout.split() == ["picture", "True", "StorageFull", "StorageFull", "Transient"], done.stderr
+    assert done.stdout.split() == ["picture", "True", "StorageFull", "StorageFull", "Misconfigured"], done.stderr
 
 
 async def test_who_only_reads_sees_what_a_writer_brings_later_and_makes_nothing(tmp_path: Path) -> None:

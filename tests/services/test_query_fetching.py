@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -140,17 +141,22 @@ async def test_what_comes_after_a_failure_is_not_waited_for(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("path", ["search", "similarity"])
-async def test_a_picture_that_is_late_is_named(tmp_path: Path, path: str) -> None:
+async def test_a_picture_that_is_late_is_named(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    now, passed = loop.time, 0.0
+    monkeypatch.setattr(loop, "time", lambda: now() + passed)
     never = asyncio.Event()
 
-    async def answer(name: str) -> None:
-        if name == "late":
-            await never.wait()
+    async def late(_name: str) -> None:
+        nonlocal passed
+        passed = 6  # a fetch itself has fifteen
+        await never.wait()
 
-    async with open_shop(tmp_path, http=HttpSettings(search_timeout=2.0)) as shop, hosting(answer) as at:
-        body: dict[str, Any] = {"a": {"image": at("a")}, "b": {"image": at("late")}}
+    here = {"data": b64encode(BLUE).decode()}
+    async with open_shop(tmp_path, http=HttpSettings(search_timeout=5)) as shop, hosting(late) as at:
+        body: dict[str, Any] = {"a": {"image": here}, "b": {"image": at("late")}}
         if path == "search":
-            body = {"query": "water", "like": [at("a"), at("late")], "unlike": [at("late")]}
+            body = {"query": "water", "like": [here, at("late")], "unlike": [at("late")]}
         found = await shop.call("POST", f"/api/v1/{path}", json=body)
         said = await named(found, "like.1.url" if path == "search" else "b.image.url")
         assert "CATALENS_HTTP__SEARCH_TIMEOUT" in said

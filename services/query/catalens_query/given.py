@@ -6,7 +6,7 @@ import asyncio
 import base64
 from collections.abc import Mapping
 
-from catalens.errors import ForbiddenUrl, InvalidPicture, NotFound, Transient
+from catalens.errors import CatalensError
 from catalens.ports import ImageSource
 from catalens.problems import Problem, invalid
 from catalens_query.models import PictureInput
@@ -47,5 +47,5 @@ async def _picture(picture: PictureInput, field: str, images: ImageSource, due: 
             return await images.fetch(picture.url or "")
     except TimeoutError:
         return invalid((f"{field}.url", "was not fetched in the time of a search, CATALENS_HTTP__SEARCH_TIMEOUT"))
-    except (ForbiddenUrl, InvalidPicture, NotFound, Transient) as error:
+    except CatalensError as error:
         return invalid((f"{field}.url", str(error)))

@@ -72,6 +72,8 @@ _SPACES: Final[tuple[DenseName, ...]] = ("image", "text")
 _NOTHING: Final[Mapping[DenseName, Embedding | None]] = {}
 _SAMPLE_AGE: Final = 600.0
 """Seconds until random products are drawn again, once there are enough of them."""
+_SAMPLE_AGE_EACH: Final = 0.01
+"""Seconds for each of them until they are drawn again, while there are fewer."""
 _MOST_SAMPLES: Final = 16
 """Tenants whose random products are kept."""
 _MOST_WORDS: Final = 32
@@ -539,16 +541,17 @@ class Searcher:
     async def _sample(self, tenant: str) -> Sequence[Mapping[str, Embedding]]:
         """Return the vectors of random products of the tenant, the same for a while.
 
-        A catalogue that is still coming in, its pictures included, would be measured by its first products: what it
-        has is drawn each time.
+        A catalogue that is still coming in, its pictures included, would be measured by its first products: the fewer
+        it has, the sooner they are drawn again, which costs as much less.
         """
         now = asyncio.get_running_loop().time()
-        drawn, sample = self._samples.get(tenant, (-math.inf, ()))
-        if now - drawn > _SAMPLE_AGE:
+        until, sample = self._samples.get(tenant, (-math.inf, ()))
+        if now >= until:
             products = await self._index.sample(tenant, calibration.SAMPLE)
             sample = tuple(stored.vectors for stored in products)
-            if len(products) == calibration.SAMPLE and all(stored.image_status != "pending" for stored in products):
-                self._samples[tenant] = now, sample
+            settled = sum(stored.image_status != "pending" for stored in products)
+            age = _SAMPLE_AGE if settled == calibration.SAMPLE else settled * _SAMPLE_AGE_EACH
+            self._samples[tenant] = now + age, sample
             while len(self._samples) > _MOST_SAMPLES:
                 del self._samples[next(iter(self._samples))]
         return sample

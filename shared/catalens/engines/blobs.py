@@ -21,6 +21,8 @@ from catalens.engines.folder import storage_error, sync_folder
 from catalens.errors import Misconfigured, NotFound
 
 _REFERENCE: Final = re.compile(r"[a-f0-9]{64}")
+_UNUSABLE: Final = frozenset({errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
+"""What stays so until somebody changes it: waiting would not help."""
 _UNFINISHED_SECONDS: Final = 86_400.0  # nobody writes a picture for that long
 
 
@@ -39,7 +41,9 @@ class FileBlobStore:
     """
 
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
-        """Open or create the store in `root`, at start-up: it reads and writes there. Raises StorageFull, Transient.
+        """Open or create the store in `root`, at start-up: it reads and writes there.
+
+        Raises Misconfigured (`root` is no folder, or one that may not be written), StorageFull, Transient.
 
         With `read_only` nothing is written, whatever `root` would let us: what is there can be read, also what comes
         later, and put and delete raise StorageFull.
@@ -59,6 +63,11 @@ class FileBlobStore:
             self._turns = os.open(root / "turns", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             sync_folder(root)
         except OSError as error:
+            if error.errno in _UNUSABLE:
+                raise Misconfigured(
+                    f"{root} cannot hold pictures: {error.strerror}; "
+                    "make it a folder that this process may write, or set CATALENS_BLOBS__URL to another place"
+                ) from error
             raise storage_error(error, f"{root} cannot be prepared") from error
 
     async def put(self, data: bytes) -> str:
