@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,26 +11,37 @@ from hypothesis import strategies as st
 from catalens.domain import SeenPicture
 from catalens.engines.memory import MemoryCache
 
+if TYPE_CHECKING:
+    from catalens.domain import Embedding
+
 KEY = st.sampled_from("abcdef")
-CALLS = st.lists(st.tuples(st.sampled_from(["get", "put"]), st.lists(KEY, max_size=4)), max_size=40)
+LENGTH = st.sampled_from([3, 5])
+"""Of the vectors of two models."""
+CALLS = st.lists(st.tuples(st.sampled_from(["get", "put"]), st.lists(KEY, max_size=4), LENGTH), max_size=40)
 
 
 @given(room=st.integers(0, 5), calls=CALLS)
-async def test_it_holds_the_last_used_and_nothing_else(room: int, calls: list[tuple[str, list[str]]]) -> None:
+async def test_it_holds_the_last_used_and_nothing_else(room: int, calls: list[tuple[str, list[str], int]]) -> None:
     cache = MemoryCache(room)
-    last_used: list[str] = []  # the model: most recently used at the end
-    for turn, (call, keys) in enumerate(calls):
+    last_used: dict[str, list[int]] = {}  # the model: most recently used at the end
+    given_out: list[tuple[Embedding, list[int]]] = []
+    for turn, (call, keys, length) in enumerate(calls):
         if call == "put":
-            await cache.put({key: np.full(3, turn, np.float32) for key in keys})
-            used = list(dict.fromkeys(keys))
+            put = {key: [turn] * (length - 1) + [ord(key)] for key in keys}
+            await cache.put({key: np.array(vector, np.float32) for key, vector in put.items()})
         else:
+            put = {key: last_used[key] for key in keys if key in last_used}
             found = await cache.get(keys)
-            assert [vector is not None for vector in found] == [key in last_used for key in keys]
-            used = [key for key in keys if key in last_used]
-        for key in used:
-            last_used = [other for other in last_used if other != key] + [key]
-        last_used = last_used[-room:] if room else []
+            assert [None if vector is None else vector.tolist() for vector in found] == [*map(last_used.get, keys)]
+            given_out += [(one, last_used[key]) for key, one in zip(keys, found, strict=True) if one is not None]
+        order = dict.fromkeys(keys) if call == "put" else dict.fromkeys(reversed(list(dict.fromkeys(reversed(keys)))))
+        for key in order:
+            if key in put:
+                last_used.pop(key, None)
+                last_used[key] = put[key]
+        last_used = dict(list(last_used.items())[-room:]) if room else {}
         assert cache.stats()["entries"] == len(last_used)
+    assert all(vector.tolist() == as_it_was for vector, as_it_was in given_out)  # whatever was put later
 
 
 async def test_pictures_seen_are_bounded_too() -> None:

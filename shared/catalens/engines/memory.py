@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -12,6 +12,40 @@ from catalens.domain import SeenPicture
 
 if TYPE_CHECKING:
     from catalens.domain import Embedding
+
+
+_TOGETHER: Final = 256
+"""Vectors in one piece of memory."""
+
+
+class _Vectors:
+    """Vectors of one length, each in a place that is used again: allocated one by one, what takes turns for days would
+    leave ever more holes among what stays."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._pieces: list[Embedding] = []
+        self._free: list[int] = []
+
+    def keep(self, vector: Embedding) -> int:
+        """Copy a vector to a free place and return its number."""
+        if not self._free:
+            self._free.extend(range(len(self._pieces) * _TOGETHER, (len(self._pieces) + 1) * _TOGETHER))
+            self._pieces.append(np.empty((_TOGETHER, self.length), dtype=np.float32))
+        place = self._free.pop()
+        self._pieces[place // _TOGETHER][place % _TOGETHER] = vector
+        return place
+
+    def read(self, place: int) -> Embedding:
+        """Return a copy that cannot be written."""
+        vector: Embedding = self._pieces[place // _TOGETHER][place % _TOGETHER].copy()
+        vector.setflags(write=False)
+        return vector
+
+    def free(self, place: int) -> bool:
+        """Let another vector have the place; tell whether no place is taken any more."""
+        self._free.append(place)
+        return len(self._free) == len(self._pieces) * _TOGETHER
 
 
 class MemoryCache:
@@ -23,7 +57,8 @@ class MemoryCache:
     def __init__(self, max_entries: int) -> None:
         """Keep at most `max_entries` of each; 0 keeps none."""
         self._max_entries = max_entries
-        self._entries: OrderedDict[str, Embedding] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[_Vectors, int]] = OrderedDict()
+        self._vectors: dict[int, _Vectors] = {}
         self._seen: OrderedDict[str, SeenPicture] = OrderedDict()
         self._hits = 0
         self._misses = 0
@@ -32,24 +67,32 @@ class MemoryCache:
         """Return what is known, in order; a look-up counts as use."""
         found: list[Embedding | None] = []
         for key in keys:
-            vector = self._entries.get(key)
-            if vector is None:
+            entry = self._entries.get(key)
+            if entry is None:
                 self._misses += 1
+                found.append(None)
             else:
                 self._hits += 1
                 self._entries.move_to_end(key)
-            found.append(vector)
+                vectors, place = entry
+                found.append(vectors.read(place))
         return found
 
     async def put(self, items: Mapping[str, Embedding]) -> None:
         """Remember copies, float32; forgets what was not used for longest."""
         for key, vector in items.items():
-            copy = np.array(vector, dtype=np.float32)
-            copy.setflags(write=False)
-            self._entries[key] = copy
-            self._entries.move_to_end(key)
-        while len(self._entries) > self._max_entries:
-            self._entries.popitem(last=False)
+            self._forget(key)
+            if len(self._entries) >= self._max_entries > 0:
+                self._forget(next(iter(self._entries)))
+            if self._max_entries:
+                vectors = self._vectors.setdefault(len(vector), _Vectors(len(vector)))
+                self._entries[key] = vectors, vectors.keep(vector)
+
+    def _forget(self, key: str) -> None:
+        if entry := self._entries.pop(key, None):
+            vectors, place = entry
+            if vectors.free(place):  # of a model that is not used any more
+                del self._vectors[vectors.length]
 
     async def recall(self, url: str) -> SeenPicture | None:
         """Return what was last remembered of the picture at `url`; a look-up counts as use."""
@@ -71,4 +114,5 @@ class MemoryCache:
     async def close(self) -> None:
         """Forget everything."""
         self._entries.clear()
+        self._vectors.clear()
         self._seen.clear()
