@@ -52,6 +52,23 @@ async def texts(shop: Shop, text: str) -> list[str]:
     return [one["text"] for one in (await suggest(shop, q=text))["suggestions"]]
 
 
+async def test_suggestions_have_the_time_of_a_search(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    now, passed = loop.time, 0.0
+    monkeypatch.setattr(loop, "time", lambda: now() + passed)
+
+    async def never(*_: object) -> None:
+        nonlocal passed
+        passed = 16.0
+        await loop.create_future()
+
+    with monkeypatch.context() as late:
+        late.setattr(shop.engines.index, "search", never)
+        answer = await shop.call("GET", "/api/v1/suggest", params={"q": "Run"})
+        assert (answer.status, answer.json["detail"]) == (503, "the suggestions took longer than 15 s")
+        assert "Retry-After" in answer.headers
+
+
 async def test_suggestions(shop: Shop) -> None:
     answer = await suggest(shop, q="Run")
     assert answer["ready"] is True

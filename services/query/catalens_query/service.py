@@ -245,7 +245,12 @@ class QueryService:
 
     async def _suggest(self, request: web.Request) -> web.Response:
         params = read_params(request, models.SuggestParams)
-        found = await self._suggester.suggest(tenant_of(request), params.q, params.limit)
+        try:
+            async with asyncio.timeout_at(self._due()):
+                found = await self._suggester.suggest(tenant_of(request), params.q, params.limit)
+        except TimeoutError as error:
+            longest = self._settings.http.search_timeout
+            raise Transient(f"the suggestions took longer than {longest:g} s") from error
         suggestions = [
             models.Suggestion(**{name: value for name, value in asdict(one).items() if value is not None})
             for one in found or ()
