@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import re
 import time
@@ -177,7 +178,11 @@ def build_app(
     app.cleanup_ctx.append(_follow_keys)
     for operation in table:
         _route(app, operation.method, operation.path, door.guard(_without_params(operation)))
-    openapi = to_json(document(table, settings, title=title))
+
+    @functools.cache
+    def openapi() -> bytes:  # takes as long as a tenth of the start, and most processes are never asked
+        return to_json(document(table, settings, title=title))
+
     for path, handler in _probes(ready, metrics, openapi).items():
         _route(app, "GET", path, handler)
     return app
@@ -211,7 +216,7 @@ def _route(app: web.Application, method: str, path: str, handler: Handler) -> No
         app.router.add_route(method, pattern, handler)
 
 
-def _probes(ready: Ready, metrics: Metrics, openapi: bytes) -> dict[str, Handler]:
+def _probes(ready: Ready, metrics: Metrics, openapi: Callable[[], bytes]) -> dict[str, Handler]:
     async def livez(_request: web.Request) -> web.StreamResponse:
         return reply({"status": "ok"})
 
@@ -227,7 +232,7 @@ def _probes(ready: Ready, metrics: Metrics, openapi: bytes) -> dict[str, Handler
         return web.Response(body=generate_latest(metrics.registry), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST})
 
     async def contract(_request: web.Request) -> web.StreamResponse:
-        return web.Response(body=openapi, content_type="application/json")
+        return web.Response(body=await asyncio.to_thread(openapi), content_type="application/json")
 
     return {"/livez": livez, "/readyz": readyz, "/metrics": prometheus, "/openapi.json": contract}
 
