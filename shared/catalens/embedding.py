@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from catalens.domain import ModelSpec, SeenPicture, sha256_hex
@@ -58,15 +59,27 @@ class CachedEncoder:
 
     async def text(self, text: str, *, bulk: bool = False) -> Embedding:
         """Return the text's vector; errors as Encoder.embed_text."""
-        key = self.text_key(text)
-        found = await self.many({key: lambda: self._encoder.embed_text(text, bulk=bulk)})
-        return _raised(found[key])
+        (vector,), _ = await self.vectors(texts=[text], bulk=bulk)
+        return vector
 
     async def picture(self, data: bytes, *, bulk: bool = False) -> Embedding:
         """Return the picture's vector; errors as Encoder.embed_image."""
-        key = self.picture_key(sha256_hex(data))
-        found = await self.many({key: lambda: self.compute_picture(data, bulk=bulk)})
-        return _raised(found[key])
+        _, (vector,) = await self.vectors(pictures=[data], bulk=bulk)
+        return vector
+
+    async def vectors(
+        self, *, texts: Sequence[str] = (), pictures: Sequence[bytes] = (), bulk: bool = False
+    ) -> tuple[Sequence[Embedding], Sequence[Embedding]]:
+        """Return the vectors of texts and of pictures, computed side by side; errors as the Encoder's."""
+        of_texts = [self.text_key(text) for text in texts]
+        of_pictures = [self.picture_key(await asyncio.to_thread(sha256_hex, data)) for data in pictures]
+        jobs: dict[str, Compute] = {}
+        for key, text in zip(of_texts, texts, strict=True):
+            jobs[key] = partial(self._encoder.embed_text, text, bulk=bulk)
+        for key, data in zip(of_pictures, pictures, strict=True):
+            jobs[key] = partial(self.compute_picture, data, bulk=bulk)
+        found = await self.many(jobs) if jobs else {}
+        return [_raised(found[key]) for key in of_texts], [_raised(found[key]) for key in of_pictures]
 
     async def recall(self, url: str) -> tuple[SeenPicture, Embedding] | None:
         """Return what the picture at `url` was when it was last fetched, if its vector is still at hand.

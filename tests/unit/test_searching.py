@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalens.domain import FacetCount, FacetKey, Facts, Filter, Leg, LegHit, ModelSpec, Product, StoredProduct
+from catalens.domain import (
+    FacetCount,
+    FacetKey,
+    Facts,
+    Filter,
+    Leg,
+    LegHit,
+    ModelSpec,
+    PictureInfo,
+    Product,
+    StoredProduct,
+)
 from catalens.embedding import CachedEncoder
 from catalens.engines.memory import MemoryCache
 from catalens.errors import CatalensError, Overloaded, Transient
@@ -203,6 +215,33 @@ async def test_the_encoder_gets_a_long_text_whole_and_the_index_the_words_of_its
     asked = [leg.vector for leg in index.legs if leg.using == "lexical"]
     head = text[: text.rindex(" ", 0, 2_001)]
     assert asked == [query_vector(head)] * (mode == "hybrid")
+
+
+class TogetherEncoder(ListeningEncoder):
+    """An encoder that answers `at_once` callers together, and fewer never."""
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__()
+        self._full = asyncio.Barrier(at_once)
+
+    async def embed_text(self, text: str, *, bulk: bool = False) -> Embedding:
+        await self._full.wait()
+        return await super().embed_text(text, bulk=bulk)
+
+    async def embed_image(self, picture: bytes, *, bulk: bool = False) -> EncodedImage:
+        await self._full.wait()
+        return EncodedImage(np.array([0.0, 1.0], np.float32), PictureInfo(1, 1, "png", ""))
+
+
+async def test_several_words_and_pictures_are_embedded_side_by_side() -> None:
+    index, metrics = ListeningIndex(), Metrics()
+    encoder = CachedEncoder(TogetherEncoder(3), MemoryCache(10), metrics)
+    searcher = Searcher(index, encoder, metrics, encoder_patience=600)  # type: ignore[arg-type]  # reads only
+    words = (Term("dress"), Term("stripes", -0.5), Term("nothing", 0.0))
+    like, unlike = (b"a", b"b"), (b"a", b"c")
+    asked = replace(search("semantic", picture=b"picture"), words=words, like=like, unlike=unlike)
+    assert (await searcher.search("default", asked, due=math.inf)).degraded is None
+    assert {leg.using for leg in index.legs} == {"image", "text"}
 
 
 # --- work that takes long ---------------------------------------------------------------------------------------

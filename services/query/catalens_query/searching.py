@@ -284,6 +284,15 @@ class Searcher:
         async with self._encoder_in_time():
             return await self._present.picture(data)
 
+    async def _embed(
+        self, texts: Sequence[str] = (), pictures: Sequence[bytes] = ()
+    ) -> tuple[Sequence[Embedding], Sequence[Embedding]]:
+        """Return their vectors; without any, no encoder is needed."""
+        if not texts and not pictures:
+            return (), ()
+        async with self._encoder_in_time():
+            return await self._present.vectors(texts=texts, pictures=pictures)
+
     async def probe(self) -> tuple[Tower, Embedding]:
         """Return a vector that a loaded tower computed just now, and which; raises Transient and Overloaded."""
         async with self._encoder_in_time():
@@ -437,7 +446,9 @@ class Searcher:
             for number, one in enumerate(examples):
                 if isinstance(one, str) and one not in stored:
                     raise UnknownExample(f"{name}.{number}", one)
-        seen = {one: await self.embed_picture(one) for one in (*search.like, *search.unlike) if isinstance(one, bytes)}
+        pictures = [one for one in dict.fromkeys((*search.like, *search.unlike)) if isinstance(one, bytes)]
+        _, vectors = await self._embed(pictures=pictures)
+        seen = dict(zip(pictures, vectors, strict=True))
 
         def middle(examples: Sequence[Example], space: DenseName) -> Embedding | None:
             of = (stored[one].vectors.get(space) if isinstance(one, str) else seen[one] for one in examples)
@@ -452,10 +463,13 @@ class Searcher:
 
     async def _query_vector(self, search: Search) -> Embedding | None:
         # A picture is embedded even at weight 0: a broken one is a mistake whatever the slider says.
-        seen = None if search.picture is None else await self.embed_picture(search.picture)
+        pictures = [] if search.picture is None else [search.picture]
+        said = [] if search.weight == 1 and search.wanted else [term for term in search.words if term.weight]
+        texts, pictured = await self._embed([term.text for term in said], pictures)
+        seen = pictured[0] if pictured else None
         if search.weight == 1 and search.wanted:
             return seen
-        read = mix([(term.weight, await self.embed_text(term.text)) for term in search.words if term.weight])
+        read = mix([(term.weight, vector) for term, vector in zip(said, texts, strict=True)])
         if seen is None or not search.wanted:
             return read if seen is None else mix([(1.0, seen), (UNLIKED_SHARE, read)])
         return seen if read is None else blend(read, seen, search.weight)
