@@ -244,7 +244,7 @@ class EncoderSettings(Section):
     queue: Count = Field(default=256, description="items that may wait; beyond, queries get 429 and bulk work waits")
     cache_entries: Annotated[int, Field(ge=0)] = Field(
         default=100_000,
-        description="vectors kept in the embedding cache of a process without Redis, each 4 bytes a dimension and 360 "
+        description="vectors kept in the embedding cache of a process without Redis, each 4 bytes a dimension and 330 "
         "more: of 512 dimensions 230 MiB once it is full",
     )
 

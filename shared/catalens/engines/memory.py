@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -19,20 +20,25 @@ _TOGETHER: Final = 256
 
 
 class _Vectors:
-    """Vectors of one length, each in a place that is used again: allocated one by one, what takes turns for days would
-    leave ever more holes among what stays."""
+    """Vectors, each in a place that is used again: allocated one by one, what takes turns for days would leave ever
+    more holes among what stays. A place is a mere number, which costs no garbage collection anything."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self._pieces: list[Embedding] = []
-        self._free: list[int] = []
+    def __init__(self) -> None:
+        self._pieces: dict[int, Embedding] = {}
+        self._free: dict[int, list[int]] = {}
+        self._used: Counter[int] = Counter()
+        """Both by the vectors' length."""
+        self._numbers = itertools.count()
 
     def keep(self, vector: Embedding) -> int:
-        """Copy a vector to a free place and return its number."""
-        if not self._free:
-            self._free.extend(range(len(self._pieces) * _TOGETHER, (len(self._pieces) + 1) * _TOGETHER))
-            self._pieces.append(np.empty((_TOGETHER, self.length), dtype=np.float32))
-        place = self._free.pop()
+        """Copy a vector and return its place."""
+        free = self._free.setdefault(len(vector), [])
+        if not free:
+            number = next(self._numbers)
+            self._pieces[number] = np.empty((_TOGETHER, len(vector)), dtype=np.float32)
+            free.extend(range(number * _TOGETHER, (number + 1) * _TOGETHER))
+        place = free.pop()
+        self._used[len(vector)] += 1
         self._pieces[place // _TOGETHER][place % _TOGETHER] = vector
         return place
 
@@ -42,10 +48,14 @@ class _Vectors:
         vector.setflags(write=False)
         return vector
 
-    def free(self, place: int) -> bool:
-        """Let another vector have the place; tell whether no place is taken any more."""
-        self._free.append(place)
-        return len(self._free) == len(self._pieces) * _TOGETHER
+    def free(self, place: int) -> None:
+        """Let another vector have the place; a model that no vector is of any more takes no memory."""
+        length = self._pieces[place // _TOGETHER].shape[1]
+        self._free[length].append(place)
+        self._used[length] -= 1
+        if not self._used[length]:
+            del self._free[length], self._used[length]
+            self._pieces = {number: piece for number, piece in self._pieces.items() if piece.shape[1] != length}
 
 
 class MemoryCache:
@@ -57,8 +67,8 @@ class MemoryCache:
     def __init__(self, max_entries: int) -> None:
         """Keep at most `max_entries` of each; 0 keeps none."""
         self._max_entries = max_entries
-        self._entries: OrderedDict[str, tuple[_Vectors, int]] = OrderedDict()
-        self._vectors: dict[int, _Vectors] = {}
+        self._places: OrderedDict[str, int] = OrderedDict()
+        self._vectors = _Vectors()
         self._seen: OrderedDict[str, SeenPicture] = OrderedDict()
         self._hits = 0
         self._misses = 0
@@ -67,32 +77,29 @@ class MemoryCache:
         """Return what is known, in order; a look-up counts as use."""
         found: list[Embedding | None] = []
         for key in keys:
-            entry = self._entries.get(key)
-            if entry is None:
+            place = self._places.get(key)
+            if place is None:
                 self._misses += 1
                 found.append(None)
             else:
                 self._hits += 1
-                self._entries.move_to_end(key)
-                vectors, place = entry
-                found.append(vectors.read(place))
+                self._places.move_to_end(key)
+                found.append(self._vectors.read(place))
         return found
 
     async def put(self, items: Mapping[str, Embedding]) -> None:
         """Remember copies, float32; forgets what was not used for longest."""
         for key, vector in items.items():
             self._forget(key)
-            if len(self._entries) >= self._max_entries > 0:
-                self._forget(next(iter(self._entries)))
+            if len(self._places) >= self._max_entries > 0:
+                self._forget(next(iter(self._places)))
             if self._max_entries:
-                vectors = self._vectors.setdefault(len(vector), _Vectors(len(vector)))
-                self._entries[key] = vectors, vectors.keep(vector)
+                self._places[key] = self._vectors.keep(vector)
 
     def _forget(self, key: str) -> None:
-        if entry := self._entries.pop(key, None):
-            vectors, place = entry
-            if vectors.free(place):  # of a model that is not used any more
-                del self._vectors[vectors.length]
+        place = self._places.pop(key, None)
+        if place is not None:
+            self._vectors.free(place)
 
     async def recall(self, url: str) -> SeenPicture | None:
         """Return what was last remembered of the picture at `url`; a look-up counts as use."""
@@ -109,10 +116,10 @@ class MemoryCache:
 
     def stats(self) -> Mapping[str, int]:
         """Return hits, misses, entries."""
-        return {"hits": self._hits, "misses": self._misses, "entries": len(self._entries)}
+        return {"hits": self._hits, "misses": self._misses, "entries": len(self._places)}
 
     async def close(self) -> None:
         """Forget everything."""
-        self._entries.clear()
-        self._vectors.clear()
+        self._places.clear()
+        self._vectors = _Vectors()
         self._seen.clear()
