@@ -404,6 +404,12 @@ async def test_the_share_of_the_words_that_was_found_is_the_relevance_of_words(s
     assert await ranking(shop, query="shirt zzzz", mode="lexical", min_score=0.8) == []
 
 
+async def test_words_of_hardly_any_weight_are_no_fault(shop: Shop) -> None:
+    words = [{"text": "red shirt", "weight": 1}, {"text": "t-shirt", "weight": 5e-324}]
+    found = ids((await shop.search(query=words, min_score=0.8))["results"])
+    assert found == ids((await shop.search(query="red shirt", min_score=0.8))["results"]) != []
+
+
 async def test_facets_count_what_is_relevant_enough(shop: Shop) -> None:
     body: dict[str, Any] = {"query": "red shirt", "min_score": 0.8, "filters": {"brand": "Velo"}}
     answer = await shop.search(**body, facets=["attributes.color", "brand"], limit=100)

@@ -53,6 +53,7 @@ def test_a_word_that_nobody_has_counts_as_the_rarest() -> None:
     assert reachable([4.0, 0.0], [1.0, 0.5]) == 6.0
     assert reachable([0.0], [1.0]) == 0
     assert reachable([], []) == 0
+    assert reachable([4.0, 0.0], [1.0, 0.0]) == 4.0  # a weight of 5e-324, halved
 
 
 def test_vectors_and_words_convince_together() -> None:

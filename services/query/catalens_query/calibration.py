@@ -55,7 +55,8 @@ def reachable(best: Sequence[float], shares: Sequence[float]) -> float:
     `best` is the best score of each word alone, `shares` how much each word counts. A word that nobody has is at least
     as rare as the rarest that somebody has.
     """
-    rarest = max((score / share for score, share in zip(best, shares, strict=True)), default=0.0)
+    # A weight may be so small that a word's share of it is 0.
+    rarest = max((score / share for score, share in zip(best, shares, strict=True) if share), default=0.0)
     return sum(score or rarest * share for score, share in zip(best, shares, strict=True))
 
 
