@@ -73,6 +73,11 @@ def test_codes_are_found_whole() -> None:
     assert texts("xj-900") == ["Camera XJ-900"]
     assert texts("p3") == ["Leather shorts"]
     assert texts("xj-901") == []
+    rack = Product(product_id="rack", name="Rack", attributes={"sku": "SH00001-02"}, version=1)
+    for typed, fits in (("sh00001-02", True), ("sh00001", True), ("sh", False), ("sh0", False)):
+        read = understand(typed, VOCABULARY)
+        assert read is not None
+        assert ("Rack" in [one.text for one in complete(read, VOCABULARY, [rack], 8)]) is fits
 
 
 def test_nothing_that_is_a_word_finds_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, Literal, TypeAlias
 
 from catalens.domain import Filter, Leg, Product
@@ -122,7 +123,7 @@ def complete(typed: Typed, vocabulary: Vocabulary, products: Sequence[Product], 
     fitting: list[Product] = []
     together: set[str] = set()
     for product in products:
-        own = _own_words(product, vocabulary)
+        own = _own_words(product, typed, vocabulary)
         words = own | set(runs(product.brand or ""))
         if typed.fits(words, vocabulary) and typed.touches(own, vocabulary):
             fitting.append(product)
@@ -180,8 +181,13 @@ def _says(any_of: Collection[str], words: Collection[str], vocabulary: Vocabular
     return any(wanted & stems(word, vocabulary.languages) for word in words)
 
 
-def _own_words(product: Product, vocabulary: Vocabulary) -> frozenset[str]:
-    """Return the folded words of the product's name, and its codes: what has digits in its id and attributes."""
+def _own_words(product: Product, typed: Typed, vocabulary: Vocabulary) -> frozenset[str]:
+    """Return the folded words of the product's name, and of its codes (what has digits in its id and attributes) those
+    that were typed: the beginning of a code says nothing."""
     texts = (product.product_id, *(text for text, weight in fields(product) if weight == ATTRIBUTE))
     codes = [chunk for text in texts for chunk in text.split() if any(character.isdigit() for character in chunk)]
-    return frozenset(fold(word) for text in (product.name, *codes) for word in words_of(text, vocabulary.languages))
+    name, coded = (
+        {fold(word) for text in some for word in words_of(text, vocabulary.languages)}
+        for some in ([product.name], codes)
+    )
+    return frozenset(name | coded & {typed.last, *chain.from_iterable(typed.before)})
