@@ -38,6 +38,8 @@ _NDJSON: Final = "application/x-ndjson"
 
 Picture: TypeAlias = bytes | str | Mapping[str, str]
 """The bytes of a picture, or the URL of one, or what the API takes: {"url": …} or {"data": base64}."""
+Example: TypeAlias = str | bytes | Mapping[str, str]
+"""What to be like, or unlike: the id of a product, the bytes of a picture, or what the API takes."""
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------
@@ -72,8 +74,11 @@ class Refused(Failed):
         request_id: str = "",
         retry_after: float | None = None,
     ) -> None:
-        fields = "; ".join(f"{field}: {message}" for field, message in errors)
-        told = f"{detail} ({fields})" if detail and fields else detail or fields
+        said = [f"{field}: {message}" for field, message in errors]
+        fields = "; ".join(said)
+        # A detail that begins as the first of the fields says no more than they do.
+        more = detail and not detail.startswith((*said[:1], *(message for _, message in errors[:1])))
+        told = (f"{detail} ({fields})" if more else fields) if fields else detail
         super().__init__(f"{title}: {told}" if told else title)
         self.status = status
         self.title = title
@@ -100,6 +105,13 @@ class Answer(BaseModel):
 A = TypeVar("A", bound=Answer)
 
 
+class Tag(Answer):
+    """The best label of a list, and its share among them."""
+
+    value: str
+    score: float
+
+
 class ProductFields(Answer):
     """What is known of a product; None where it is not."""
 
@@ -120,6 +132,8 @@ class ProductFields(Answer):
     locale: str | None = None
     group_id: str | None = None
     attributes: dict[str, Any] | None = None
+    tags: dict[str, Tag] | None = None
+    """What the model sees, by list; None where it sees none of it."""
     version: int | None = None
     offer_version: int | None = None
 
@@ -147,6 +161,29 @@ class Hit(ProductFields):
     """With `explain=True`: what the score is made of."""
 
 
+class FacetValue(Answer):
+    """A value and how many products have it."""
+
+    value: str | int | float | bool
+    count: int
+
+
+class FacetRange(Answer):
+    """Numbers from `gte` to below `lt`, as a filter takes them, and how many products are there."""
+
+    gte: float
+    lt: float | None = None
+    count: int
+
+
+class NumberFacet(Answer):
+    """From where to where the numbers go, None where there is none, and how they are spread."""
+
+    min: float | None
+    max: float | None
+    ranges: list[FacetRange]
+
+
 class Found(Answer):
     """The results of a search, best first."""
 
@@ -157,7 +194,8 @@ class Found(Answer):
     model: str | None = None
     took_ms: float
     total: int | None = None
-    facets: Any = None
+    facets: dict[str, list[FacetValue] | NumberFacet] | None = None
+    """What was counted; None where it was not asked for, or is late."""
     degraded: str | None = None
     """Why this is less than was asked for, as while no encoder answers."""
     corrected: str | None = None
@@ -336,7 +374,8 @@ class CatalensClient:
         query: str | Sequence[Mapping[str, Any]] | None = None,
         *,
         image: Picture | None = None,
-        like: Sequence[str | bytes | Mapping[str, str]] = (),
+        like: Sequence[Example] = (),
+        unlike: Sequence[Example] = (),
         filters: Mapping[str, Any] | None = None,
         limit: int = 10,
         offset: int = 0,
@@ -344,15 +383,16 @@ class CatalensClient:
     ) -> Found:
         """Search by words, by a picture, by examples (ids of products, or pictures), or by several of them.
 
-        `more` are the other fields of POST /api/v1/search, such as mode, using, unlike, image_weight and include.
+        `more` are the other fields of POST /api/v1/search, such as mode, using, image_weight, facets and include.
         """
         body: dict[str, Any] = {"limit": limit, "offset": offset, **more}
         if query is not None:
             body["query"] = query
         if image is not None:
             body["image"] = _picture(image)
-        if like:
-            body["like"] = [one if isinstance(one, str) else _picture(one) for one in like]
+        for name, examples in (("like", like), ("unlike", unlike)):
+            if examples:
+                body[name] = [one if isinstance(one, str) else _picture(one) for one in examples]
         if filters:
             body["filters"] = filters
         return self._parse(Found, await self._json("POST", "/api/v1/search", json=body))

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from catalens.client import IN_FLIGHT, ONCE, CatalensClient, Embedding, Refused, Unreachable
+from catalens.client import IN_FLIGHT, ONCE, CatalensClient, Embedding, NumberFacet, Refused, Unreachable
 from catalens.errors import CatalensError
 
 
@@ -81,6 +81,21 @@ async def test_a_problem_reads_as_one_sentence(service: Anything) -> None:
             await client.search()
     assert str(refused.value) == "Unprocessable: two fields are wrong (limit: at most 100; mode: unknown)"
     assert (refused.value.status, refused.value.retry_after, refused.value.passing) == (422, 3.0, False)
+
+
+@pytest.mark.parametrize(
+    ("detail", "fields", "told"),
+    [
+        ("limit: too large", ["limit: too large"], "limit: too large"),
+        ("limit: too large (and 1 more)", ["limit: too large", "mode: unknown"], "limit: too large; mode: unknown"),
+        ("no picture", ["like.1: no picture"], "like.1: no picture"),
+        ("not now", [], "not now"),
+        ("", ["limit: too large"], "limit: too large"),
+    ],
+)
+def test_a_problem_says_nothing_twice(detail: str, fields: list[str], told: str) -> None:
+    errors = [(field, message) for field, _, message in (one.partition(": ") for one in fields)]
+    assert str(Refused(422, "Invalid value", detail, errors=errors)) == f"Invalid value: {told}"
 
 
 async def test_an_error_of_somebody_in_between_is_readable_too(service: Anything) -> None:
@@ -203,15 +218,25 @@ async def test_a_problem_comes_with_all_that_it_says(service: Anything) -> None:
 async def test_a_search_says_what_was_given_and_keeps_what_is_new(service: Anything) -> None:
     hit = {"product_id": "a", "score": 1, "name": "A", "margin": 0.3}
     answer = {"results": [hit], "count": 1, "mode": "hybrid", "model": None, "took_ms": 2.5, "expanded": ["x"]}
+    prices = {"min": 9.9, "max": 20, "ranges": [{"gte": 5.0, "lt": 20.0, "count": 1}, {"gte": 20.0, "count": 1}]}
+    answer["facets"] = {"brand": [{"value": "Velo", "count": 2}], "price": prices}
     service.answer = lambda: web.json_response(answer)
     async with CatalensClient(service.url) as client:
-        found = await client.search("shoe", image=b"\xff", like=["b", b"\x00"], filters={"brand": "x"}, mode="semantic")
+        found = await client.search(
+            "shoe", image=b"\xff", like=["b", b"\x00"], unlike=[b"\x01", "c"], filters={"brand": "x"}, mode="semantic"
+        )
     assert json.loads(service.bodies[0]) == {
-        "query": "shoe", "image": {"data": "/w=="}, "like": ["b", {"data": "AA=="}], "filters": {"brand": "x"},
-        "mode": "semantic", "limit": 10, "offset": 0,
+        "query": "shoe", "image": {"data": "/w=="}, "like": ["b", {"data": "AA=="}], "unlike": [{"data": "AQ=="}, "c"],
+        "filters": {"brand": "x"}, "mode": "semantic", "limit": 10, "offset": 0,
     }  # fmt: skip
     assert found.results[0].model_dump(exclude_unset=True) == hit
     assert found.model_dump(exclude_unset=True) == answer
+    assert found.facets is not None
+    brands, prices_found = found.facets["brand"], found.facets["price"]
+    assert isinstance(brands, list)
+    assert (brands[0].value, brands[0].count) == ("Velo", 2)
+    assert isinstance(prices_found, NumberFacet)
+    assert [one.lt for one in prices_found.ranges] == [20.0, None]
     assert getattr(found.results[0], "margin") == 0.3  # noqa: B009  # mypy knows no such field
 
 
