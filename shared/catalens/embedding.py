@@ -38,6 +38,14 @@ async def probe(encoder: Encoder) -> tuple[Tower, Embedding]:
         return "image", (await encoder.embed_image(_DOT)).embedding
 
 
+class RefusedPicture(InvalidPicture):
+    """One of several is no picture; `number` counts from 0."""
+
+    def __init__(self, number: int, error: InvalidPicture) -> None:
+        super().__init__(error.reason, str(error))
+        self.number = number
+
+
 class CachedEncoder:
     """An Encoder behind an EmbeddingCache.
 
@@ -70,7 +78,7 @@ class CachedEncoder:
     async def vectors(
         self, *, texts: Sequence[str] = (), pictures: Sequence[bytes] = (), bulk: bool = False
     ) -> tuple[Sequence[Embedding], Sequence[Embedding]]:
-        """Return the vectors of texts and of pictures, computed side by side; errors as the Encoder's."""
+        """Return the vectors of texts and of pictures, computed side by side; raises as Encoder, and RefusedPicture."""
         of_texts = [self.text_key(text) for text in texts]
         of_pictures = [self.picture_key(await asyncio.to_thread(sha256_hex, data)) for data in pictures]
         jobs: dict[str, Compute] = {}
@@ -79,7 +87,13 @@ class CachedEncoder:
         for key, data in zip(of_pictures, pictures, strict=True):
             jobs[key] = partial(self.compute_picture, data, bulk=bulk)
         found = await self.many(jobs) if jobs else {}
-        return [_raised(found[key]) for key in of_texts], [_raised(found[key]) for key in of_pictures]
+        pictured = []
+        for number, key in enumerate(of_pictures):
+            try:
+                pictured.append(_raised(found[key]))
+            except InvalidPicture as error:
+                raise RefusedPicture(number, error) from error
+        return [_raised(found[key]) for key in of_texts], pictured
 
     async def recall(self, url: str) -> tuple[SeenPicture, Embedding] | None:
         """Return what the picture at `url` was when it was last fetched, if its vector is still at hand.

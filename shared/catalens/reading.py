@@ -33,6 +33,8 @@ _MESSAGES: Final = {
     "extra_forbidden": "is unknown here",
     "missing": "is required",
     "model_type": "should be a JSON object",
+    "dict_type": "should be a JSON object",
+    "list_type": "should be a JSON array",
     "tuple_type": "should be a JSON array",
 }
 _SANE_KEY: Final = re.compile(IDEMPOTENCY_KEY)

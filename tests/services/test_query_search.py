@@ -258,8 +258,13 @@ async def test_a_wrong_picture_field_is_named(shop: Shop, field: str, body: dict
 
 async def test_what_is_no_picture_is_415_and_a_large_one_413(shop: Shop) -> None:
     for content, status in ((b"hello", 415), (RED[: len(RED) // 2], 415), (b"\x89PNG" + bytes(500_001), 413)):
-        answer = await shop.call("POST", "/api/v1/search", json={"query": "towel", "image": data(content)})
-        assert answer.status == status, answer.body
+        await refused(shop, status, "image", query="towel", image=data(content))
+        await refused(shop, status, "like.1", like=["shirt", data(content)], unlike=[data(RED)])
+        await refused(shop, status, "unlike.0", query="towel", unlike=[data(content)])
+        for side, other in ("ab", "ba"):
+            body = {side: {"image": data(content)}, other: {"text": "towel"}}
+            answer = await shop.call("POST", "/api/v1/similarity", json=body)
+            assert (answer.status, answer.json["errors"][0]["field"]) == (status, f"{side}.image")
 
 
 # --- weighted words, and examples ----------------------------------------------------------------------------

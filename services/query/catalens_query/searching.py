@@ -30,8 +30,8 @@ from catalens.domain import (
     SparseVector,
     StoredProduct,
 )
-from catalens.embedding import CachedEncoder, Tower
-from catalens.errors import NotFound, NotLoaded, Transient
+from catalens.embedding import CachedEncoder, RefusedPicture, Tower
+from catalens.errors import InvalidPicture, NotFound, NotLoaded, Transient
 from catalens.lexical import Written, query_vector, query_words, vector_of_any
 from catalens.ports import VectorIndex
 from catalens.telemetry import Metrics, stage
@@ -251,6 +251,14 @@ class UnknownExample(NotFound):
         self.field = field
 
 
+class WrongPicture(InvalidPicture):
+    """A picture of the search is none, or too large; `field` says which."""
+
+    def __init__(self, field: str, error: InvalidPicture) -> None:
+        super().__init__(error.reason, str(error))
+        self.field = field
+
+
 class Searcher:
     """Searches one index with one encoder, or by words alone without one."""
 
@@ -285,13 +293,16 @@ class Searcher:
             return await self._present.picture(data)
 
     async def _embed(
-        self, texts: Sequence[str] = (), pictures: Sequence[bytes] = ()
+        self, texts: Sequence[str], pictures: Mapping[bytes, str]
     ) -> tuple[Sequence[Embedding], Sequence[Embedding]]:
-        """Return their vectors; without any, no encoder is needed."""
+        """Return their vectors; without any, no encoder is needed. `pictures` says which field gave each."""
         if not texts and not pictures:
             return (), ()
-        async with self._encoder_in_time():
-            return await self._present.vectors(texts=texts, pictures=pictures)
+        try:
+            async with self._encoder_in_time():
+                return await self._present.vectors(texts=texts, pictures=list(pictures))
+        except RefusedPicture as error:
+            raise WrongPicture(list(pictures.values())[error.number], error) from error
 
     async def probe(self) -> tuple[Tower, Embedding]:
         """Return a vector that a loaded tower computed just now, and which; raises Transient and Overloaded."""
@@ -299,7 +310,7 @@ class Searcher:
             return await self._present.probe()
 
     async def search(self, tenant: str, search: Search, *, due: float | None = None) -> Found:
-        """Return the page that was asked for; raises InvalidPicture, Transient, Overloaded, NotLoaded.
+        """Return the page that was asked for; raises WrongPicture, UnknownExample, Transient, Overloaded, NotLoaded.
 
         Facets and numbers of variants that are late, or that the index does not answer, are left out: `degraded` names
         them. Without its hits in time a search is Transient. `due`: the loop's time at which its time is over, for a
@@ -446,8 +457,12 @@ class Searcher:
             for number, one in enumerate(examples):
                 if isinstance(one, str) and one not in stored:
                     raise UnknownExample(f"{name}.{number}", one)
-        pictures = [one for one in dict.fromkeys((*search.like, *search.unlike)) if isinstance(one, bytes)]
-        _, vectors = await self._embed(pictures=pictures)
+        pictures: dict[bytes, str] = {}
+        for name, examples in (("like", search.like), ("unlike", search.unlike)):
+            for number, one in enumerate(examples):
+                if isinstance(one, bytes):
+                    pictures.setdefault(one, f"{name}.{number}")
+        _, vectors = await self._embed((), pictures)
         seen = dict(zip(pictures, vectors, strict=True))
 
         def middle(examples: Sequence[Example], space: DenseName) -> Embedding | None:
@@ -463,7 +478,7 @@ class Searcher:
 
     async def _query_vector(self, search: Search) -> Embedding | None:
         # A picture is embedded even at weight 0: a broken one is a mistake whatever the slider says.
-        pictures = [] if search.picture is None else [search.picture]
+        pictures = {} if search.picture is None else {search.picture: "image"}
         said = [] if search.weight == 1 and search.wanted else [term for term in search.words if term.weight]
         texts, pictured = await self._embed([term.text for term in said], pictures)
         seen = pictured[0] if pictured else None

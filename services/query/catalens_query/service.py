@@ -41,7 +41,7 @@ from catalens_query.filters import translate
 from catalens_query.ordering import Boost
 from catalens_query.pages import Pages, conditional, has_current
 from catalens_query.presenting import export_line, facet, hit, product_answer
-from catalens_query.searching import Example, Found, Order, Search, Searcher, Term, UnknownExample
+from catalens_query.searching import Example, Found, Order, Search, Searcher, Term, UnknownExample, WrongPicture
 from catalens_query.suggesting import Suggester
 from catalens_query.vocabularies import Vocabularies
 
@@ -194,6 +194,8 @@ class QueryService:
             raise invalid((error.field, str(error))) from error
         except NoFacet as error:
             raise invalid(("facets", str(error))) from error
+        except WrongPicture as error:
+            raise as_problem(error, field=error.field) from error
         return models.SearchAnswer(**self._answer(found, started, body.include))
 
     async def _search_image(self, request: web.Request) -> web.Response:
@@ -387,19 +389,26 @@ class QueryService:
         if request.content_type == "multipart/form-data":
             form = await read_form(request)
             form.values(models.NoFields, pictures=_PAIR)
-            uploads = [form.picture((name,)) for name in _PAIR]
-            first, second = [await self._searcher.embed_picture(picture) for picture in uploads]
+            uploads = {name: form.picture((name,)) for name in _PAIR}
+            first, second = [await self._seen(name, picture) for name, picture in uploads.items()]
         else:
             body = await read_json(request, models.SimilarityRequest)
             pictures = await self._pictures({"a.image": body.a.image, "b.image": body.b.image}, self._due())
             first, second = [
                 await self._searcher.embed_text(side.text or "")
                 if side.image is None
-                else await self._searcher.embed_picture(pictures[f"{name}.image"])
+                else await self._seen(f"{name}.image", pictures[f"{name}.image"])
                 for name, side in (("a", body.a), ("b", body.b))
             ]
         cosine = float(np.clip(np.dot(first, second), -1.0, 1.0))
         return reply(models.SimilarityAnswer(similarity=cosine))
+
+    async def _seen(self, field: str, picture: bytes) -> Embedding:
+        """Return the vector of one of two pictures; the problem of one that is none names it."""
+        try:
+            return await self._searcher.embed_picture(picture)
+        except InvalidPicture as error:
+            raise as_problem(error, field=field) from error
 
     def _embedding(self, vector: Embedding) -> models.EmbedAnswer:
         return models.EmbedAnswer(embedding=vector.tolist(), dimension=len(vector), model=self._spec().id)
