@@ -115,6 +115,7 @@ def test_queries_are_read_with_gains_or_only_named() -> None:
         ([line(relevant=["p"])], "line 1: give query, image or both"),
         ([line(query="a", relevant=[])], "line 1: relevant names no product"),
         ([line(query="a", relevant={"p": 0})], "line 1: relevant names no product"),
+        ([line(query="a", relevant=["p", 5])], "line 1: relevant: the ids of products are texts"),
         ([line(query="a", relevant={"p": -1})], "line 1: relevant.p"),
         ([line(query="a")], "line 1: relevant"),
         ([line(query=5, relevant=["p"])], "line 1: query"),

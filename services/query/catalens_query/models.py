@@ -155,7 +155,7 @@ class SearchRequest(Value):
     facets: Annotated[list[FacetName], Field(max_length=10)] = Field(
         default_factory=list,
         description="fields whose values are counted under the filters, each without its own filter: brand, category, "
-        "group_id, locale, currency, image_status, in_stock, price, stock and attributes.NAME",
+        "group_id, locale, currency, image_status, in_stock, price, stock, attributes.NAME and tags.NAME",
         examples=[["brand", "category", "price"]],
     )
     group_by: GroupBy | None = Field(
@@ -175,7 +175,7 @@ class SearchRequest(Value):
     )
     min_score: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="leave out what is less relevant: 0 to 1, on one scale for every query; 0.55 is a good start",
+        description="leave out what is less relevant: 0 to 1, one scale for every query; choose it on your catalogue",
     )
     explain: bool = Field(default=False, description="say of each result what its score is made of")
     limit: Limit = 10

@@ -45,7 +45,9 @@ class Query(Value):
     @classmethod
     def _named_only(cls, given: object) -> object:
         if isinstance(given, dict) and isinstance(named := given.get("relevant"), list):
-            return {**given, "relevant": {one: 1.0 for one in named if isinstance(one, str)}}
+            if not all(isinstance(one, str) for one in named):
+                raise ValueError("relevant: the ids of products are texts")
+            return {**given, "relevant": dict.fromkeys(named, 1.0)}
         return given
 
     @model_validator(mode="after")
