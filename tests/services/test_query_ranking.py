@@ -277,6 +277,13 @@ async def test_a_boost_lifts_and_a_negative_one_lowers(shop: Shop) -> None:
     assert sorted(ids(lifted)) == sorted(last)
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "lexical"])
+async def test_beside_a_sort_boosts_and_diversity_have_no_effect(shop: Shop, mode: str) -> None:
+    body: dict[str, Any] = {"query": "shirt", "mode": mode, "sort": "price_desc", "explain": True}
+    boosts = [{"field": "stock", "factor": 5}, {"field": "in_stock", "factor": -1}]
+    assert await ranking(shop, **body, boosts=boosts, diversity=0.9) == await ranking(shop, **body)
+
+
 async def test_boosts_of_nothing_change_no_order(shop: Shop) -> None:
     assert ids(await ranking(shop, boosts=[{"field": "attributes.nobody", "factor": 5}])) == ids(await ranking(shop))
 

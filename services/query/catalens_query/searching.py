@@ -506,6 +506,8 @@ class Searcher:
         `by_picture`: a product whose picture is the one that is searched with comes first, as `named` does; under a
         sort it is among what is sorted.
         """
+        if order.sort != "relevance":
+            order = replace(order, boosts=(), diversity=0.0)  # they have no effect beside it, nor on the scores
         ranking = _Ranking(complete=not legs)
         if not legs and named is not None:
             ranking.hits, ranking.exact = fusion.first([], named), named
@@ -544,7 +546,7 @@ class Searcher:
             # Without a total, and without a window to put in order, what lies beyond the page need not be looked at.
             wanted = len(new) if complete or order.diversity else upto - len(ranking.hits)
             ranking.hits += await collapse(new, wanted)
-            if not ranked and order.diversity and order.sort == "relevance":
+            if not ranked and order.diversity:
                 ranking.hits[:WINDOW] = await self._diverse(tenant, ranking.hits[:WINDOW], order.diversity)
             if len(ranking.hits) >= upto or complete:
                 ranking.complete = complete
