@@ -49,7 +49,7 @@ class ApiKey(Section):
     tenant: Tenant = DEFAULT_TENANT
     scopes: tuple[Scope, ...] = Field(default=SCOPES, min_length=1, description="what it may do; all, if not given")
     expires: AwareDatetime | None = Field(default=None, description="from then on it is refused")
-    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+    rate: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(
         default=None, description="requests a second; five seconds' worth may come at once"
     )
 

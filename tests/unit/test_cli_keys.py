@@ -82,6 +82,8 @@ def test_without_a_file_the_entry_is_printed(file: Path, monkeypatch: pytest.Mon
         ["shop", "--scope", "root"],
         ["shop", "--scope", "query", "--tenant", "Not A Tenant"],
         ["shop", "--scope", "query", "--rate", "0"],
+        ["shop", "--scope", "query", "--rate", "1e308"],  # what is told of it would be no number
+        ["shop", "--scope", "query", "--rate", "nan"],
         ["", "--scope", "query"],
     ],
 )
