@@ -277,7 +277,9 @@ var shared = [
   { name: 'CATALENS_KAFKA__USERNAME', value: '$ConnectionString' }
   { name: 'CATALENS_KAFKA__PASSWORD', secretRef: 'kafka-connection' }
   { name: 'CATALENS_KAFKA__COMPRESSION', value: 'none' } // the Standard tier takes no compressed batches
-  { name: 'CATALENS_KAFKA__MAX_MESSAGE', value: '1000000' } // the Standard tier's limit
+  { name: 'CATALENS_KAFKA__MAX_MESSAGE', value: '980000' } // with the headers of a retry below what a request may have
+  { name: 'CATALENS_KAFKA__MAX_REQUEST', value: '1000000' } // Event Hubs closes connections that send more than 1,046,528
+  { name: 'CATALENS_KAFKA__REQUEST_TIMEOUT', value: '30' } // Event Hubs asks for more than 20
   { name: 'CATALENS_KAFKA__PARTITIONS', value: string(partitions) }
   { name: 'CATALENS_LOG__DEAD_LETTER_DAYS', value: '7' } // as long as the hub catalog.dlq keeps them
   { name: 'CATALENS_QDRANT__URL', value: empty(qdrantUrl) ? 'http://qdrant:6333' : qdrantUrl }
@@ -308,7 +310,8 @@ var keysFile = { name: 'CATALENS_API_KEYS_FILE', value: '/etc/catalens/keys.json
 var keysMount = { volumeName: 'keys', mountPath: '/etc/catalens' }
 var keysVolume = { name: 'keys', storageType: 'Secret', secrets: [{ secretRef: 'api-keys', path: 'keys.jsonl' }] }
 var probes = [
-  { type: 'Startup', httpGet: { path: '/livez', port: port }, periodSeconds: 5, failureThreshold: 60 }
+  // No failureThreshold above 10 is taken. Asked once it is usually there, then seldom: a large model has two minutes.
+  { type: 'Startup', httpGet: { path: '/livez', port: port }, initialDelaySeconds: 4, periodSeconds: 12, failureThreshold: 10, timeoutSeconds: 2 }
   { type: 'Liveness', httpGet: { path: '/livez', port: port }, periodSeconds: 10, failureThreshold: 6, timeoutSeconds: 5 }
   { type: 'Readiness', httpGet: { path: '/readyz', port: port }, periodSeconds: 5, failureThreshold: 3, timeoutSeconds: 4 }
 ]

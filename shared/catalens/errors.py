@@ -65,3 +65,7 @@ class ModelMismatch(CatalensError):
 
 class Misconfigured(CatalensError):
     """The process cannot start as configured; the text says which setting to change and to what."""
+
+
+class NoTopic(Misconfigured):
+    """A topic does not exist, or not yet: `catalens topics apply` makes it."""

@@ -60,6 +60,7 @@ async def connection(kafka: KafkaSettings) -> dict[str, Any]:
         "security_protocol": kafka.security_protocol,
         "request_timeout_ms": round(kafka.request_timeout * 1000),
         "metadata_max_age_ms": 60_000,  # new partitions are found after this
+        "connections_max_idle_ms": 180_000,  # load balancers forget one without a word: Azure's after 240 s
     }
     if kafka.security_protocol.startswith("SASL"):
         options |= {

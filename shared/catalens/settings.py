@@ -122,6 +122,11 @@ class KafkaSettings(Section):
         description="seconds a partial batch waits for company; while one is on its way the next fills anyway",
     )
     max_message: Count = Field(default=8 * MIB, description="bytes of one record at most, here and in the topics")
+    max_request: Count = Field(
+        default=32 * MIB,
+        description="bytes on their way to the brokers at once, before compression, which bounds one request too: less "
+        "than their socket.request.max.bytes",
+    )
     partitions: Count = Field(
         default=12, description="of each topic that `catalens topics apply` creates: the most workers that can share"
     )

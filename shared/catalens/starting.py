@@ -10,7 +10,7 @@ from typing import Final, Self, TypeVar
 
 import structlog
 
-from catalens.errors import Transient
+from catalens.errors import CatalensError, NoTopic, Transient
 from catalens.retry import RetryPolicy
 from catalens.settings import Settings
 from catalens.telemetry import Metrics
@@ -53,13 +53,13 @@ class Starting:
         await self._serving.aclose()
 
     async def __call__(self, what: str, opening: Callable[[], Awaitable[T]]) -> T:
-        """Return what `opening` returns, trying again while it raises Transient: `what`, log or index say, is away."""
+        """Return what `opening` returns, tried again while it raises Transient or NoTopic: `what`, log say, is away."""
         failures = 0
         while True:
             try:
                 async with _unless(self._stop):
                     opened = await opening()
-            except Transient as error:
+            except (Transient, NoTopic) as error:
                 failures += 1
                 self._away = {what: str(error)}
                 await self._say(what, error)
@@ -69,7 +69,7 @@ class Starting:
             async with _unless(self._stop):
                 await asyncio.sleep(_WAITS.delay(failures))
 
-    async def _say(self, what: str, error: Transient) -> None:
+    async def _say(self, what: str, error: CatalensError) -> None:
         if self._url is None:
             app = build_app([], self._settings, self._metrics, ready=self._ready, title=f"Catalens {self._service}")
             self._url = await self._serving.enter_async_context(serving(app, self._settings))

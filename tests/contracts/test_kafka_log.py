@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn, cast
 from uuid import uuid4
 
@@ -349,6 +350,24 @@ async def test_more_than_may_be_on_its_way_waits_its_turn(log: KafkaEventLog, br
     await asyncio.gather(*(log.append([Message(topic, str(number), body)] * 3) for number in range(40)))
     ends = await log.lag("group", [topic])
     assert sum(ends.values()) == 120
+
+
+async def test_no_request_is_larger_than_the_brokers_take(tmp_path: Path) -> None:
+    """As Event Hubs do: a broker that closes the connection of whoever sends more, and does so again each time."""
+    need_kafka()
+    with Kafka(tmp_path, "socket.request.max.bytes=300000") as strict:
+        topic = await new_topic(strict, 12)
+        settings = kafka_settings(strict.bootstrap, compression="none", max_message=200_000, max_request=250_000)
+        async with opened(settings) as log:
+            body = bytes(2000)
+            many = [Message(topic, f"default|p{number}", body) for number in range(400)]
+            few = [Message(topic, f"default|p{number}", bytes(90_000)) for number in range(12)]
+            places = [*await log.append(many), *await log.append(few)]
+            await asyncio.gather(*(log.append([message]) for message in few))
+            assert len(set(places)) == 412
+            assert sum((await log.lag("group", [topic])).values()) == 424
+            found = {(record.partition, record.offset): record.key for record in await everything(log, topic)}
+        assert [found[place.partition, offset] for place, offset in places] == [one.key for one in [*many, *few]]
 
 
 async def test_a_cancelled_call_of_many_batches_is_whole_or_absent(broker: Kafka) -> None:

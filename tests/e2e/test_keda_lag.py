@@ -19,7 +19,7 @@ from aiokafka import AIOKafkaConsumer  # type: ignore[import-untyped]  # it has 
 from aiokafka import TopicPartition as KafkaPlace
 from aiokafka.admin import AIOKafkaAdminClient  # type: ignore[import-untyped]  # it has no py.typed
 from tests.cluster import Cluster, Service, settled
-from tests.kafka import need_kafka
+from tests.kafka import Kafka, create_topics, need_kafka
 from tests.models import TINY
 from tests.redis_server import need_server
 
@@ -208,3 +208,30 @@ async def test_a_service_that_waits_for_the_log_ends_when_it_is_told_to(role: st
         service.kill()
     assert "process.stopped" in service.log()
     assert "Traceback" not in service.log()
+
+
+async def test_services_that_are_started_before_there_are_topics_wait_for_them(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """As on Kubernetes, where the Job that makes them starts with all others: a pod that ends is held back."""
+    with Kafka(tmp_path / "broker") as bare:
+        services = {
+            role: cluster.prepared(role, CATALENS_KAFKA__BOOTSTRAP_SERVERS=bare.bootstrap)
+            for role in ("embedder", "ingest", "query")
+        }
+        try:
+            for service in services.values():
+                service.launch()
+            for role, service in services.items():
+                await asyncio.to_thread(service.said, f"{role}.log_away")
+                assert "run `catalens topics apply`" in service.log()
+                assert await statuses(service) == WAITING
+            await create_topics(bare.bootstrap, dict.fromkeys(events.TOPICS, 1))
+            for service in services.values():
+                await asyncio.to_thread(service.said, "process.ready")
+                assert await statuses(service) == {**WAITING, "/readyz": 200}
+            for service in services.values():
+                assert await asyncio.to_thread(service.stop) == 0
+        finally:
+            for service in services.values():
+                service.kill()

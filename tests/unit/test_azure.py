@@ -13,6 +13,7 @@ from tests.unit.test_cli_arguments import understood
 from tests.unit.test_k8s import KEDA_METADATA
 
 from catalens import events, topics
+from catalens.kafka_client import largest
 from catalens.settings import HttpSettings, Settings
 from catalens.topics import RETENTION
 
@@ -24,6 +25,10 @@ LOGIN: Final = ROOT / "k8s" / "components" / "keda-sasl" / "triggerauthenticatio
 DOORS: Final = ("ingest", "query")
 STANDARD_TIER_HOURS: Final = 168
 """The longest that Event Hubs' Standard tier keeps what is not compacted."""
+EVENT_HUBS_REQUEST: Final = 1_046_528
+"""learn.microsoft.com/azure/event-hubs/apache-kafka-configurations, max.request.size."""
+PROBE_LIMITS: Final = {"failureThreshold": 10, "initialDelaySeconds": 60, "periodSeconds": 240, "timeoutSeconds": 240}
+"""What Container Apps' API takes at most (ContainerAppProbe)."""
 
 
 def known_variables() -> set[str]:
@@ -68,8 +73,17 @@ def test_every_setting_that_is_named_takes_its_value(monkeypatch: pytest.MonkeyP
             monkeypatch.setenv(entry["name"], "http://qdrant:6333" if "QDRANT" in entry["name"] else entry["value"])
     settings = Settings(_env_file=None)
     assert settings.kafka.username == "$ConnectionString"
-    assert settings.kafka.max_message == 1_000_000
     assert settings.blobs.url == "az://pictures"
+
+
+def test_event_hubs_takes_whatever_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closes the connection of a larger request, and a retry is its event with more headers."""
+    for entry in listed("shared"):
+        if entry["name"].startswith("CATALENS_KAFKA__M"):
+            monkeypatch.setenv(entry["name"], entry["value"])
+    kafka = Settings(_env_file=None).kafka
+    assert max(kafka.max_request, *(largest(topic, kafka) for topic in events.TOPICS)) < EVENT_HUBS_REQUEST
+    assert "{ name: 'CATALENS_KAFKA__COMPRESSION', value: 'none' }" in TEMPLATE
 
 
 def test_every_topic_is_made_and_kept_as_the_contract_says() -> None:
@@ -142,6 +156,13 @@ def test_ports_probes_and_deadlines_are_those_of_the_services() -> None:
             assert (part in text) == (name in DOORS), name
         assert ("CATALENS_ALLOW_ANONYMOUS" in text) == (name not in DOORS)
         assert ("external: true" in text) == (name in DOORS)
+
+
+def test_container_apps_takes_the_probes() -> None:
+    probes = TEMPLATE[TEMPLATE.index("var probes = [") :].partition("\n]")[0]
+    found = [(name, int(value)) for name, value in re.findall(r"(\w+): (\d+)", probes)]
+    assert {name for name, _ in found} == PROBE_LIMITS.keys()
+    assert all(1 <= value <= PROBE_LIMITS[name] for name, value in found)
 
 
 def test_the_keys_file_is_a_secret_in_a_folder() -> None:

@@ -11,6 +11,7 @@ from typing import Self
 
 from catalens.domain import IndexInfo, ModelSpec
 from catalens.errors import Misconfigured, ModelMismatch
+from catalens.events import TOPICS
 from catalens.ports import (
     BlobStore,
     EmbeddingCache,
@@ -32,7 +33,7 @@ class EngineRoom:
     """Opens the engines that the settings name, each when asked for, and closes them in the reverse order.
 
     Opening raises Misconfigured (folder in use or of a newer release, an extra that is not installed, a server that
-    refuses us), ModelMismatch, StorageFull and Transient (a server that is away).
+    refuses us), NoTopic, ModelMismatch, StorageFull and Transient (a server that is away).
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -57,7 +58,7 @@ class EngineRoom:
         if self._settings.kafka.bootstrap_servers:
             with _extra("kafka"):
                 from catalens.engines.kafka import KafkaEventLog
-            log = await KafkaEventLog.open(self._settings)
+            log = await KafkaEventLog.open(self._settings, required=TOPICS)
         else:
             from catalens.engines.sqlite_log import SqliteEventLog
 

@@ -21,7 +21,7 @@ from aiokafka.protocol.group import LeaveGroupRequest  # type: ignore[import-unt
 from aiokafka.structs import ConsumerRecord  # type: ignore[import-untyped]  # as above
 
 from catalens.domain import Message, Offsets, Record, TopicPartition
-from catalens.errors import Conflict, InvalidEvent, Misconfigured, Transient
+from catalens.errors import Conflict, InvalidEvent, Misconfigured, NoTopic, Transient
 from catalens.kafka_client import ONWARD_BYTES, RETRY_SECONDS, connection, largest, start_client, translate
 from catalens.ports import RevokeCallback
 from catalens.settings import Settings
@@ -32,8 +32,6 @@ T = TypeVar("T")
 _Encoded: TypeAlias = tuple[str, bytes, bytes, list[tuple[str, bytes]]]
 
 _BATCH_BYTES: Final = 256 * 1024
-_IN_FLIGHT_BYTES: Final = 32 * 1024 * 1024
-"""Appended and not acknowledged at most; it also bounds a request, of which a broker takes 100 MiB."""
 _RECORD_OVERHEAD: Final = 128
 _HEADER_OVERHEAD: Final = 10
 _FETCH_WAIT_MS: Final = 100
@@ -65,7 +63,7 @@ class KafkaEventLog:
         self._reader = AIOKafkaConsumer(**options, enable_auto_commit=False)
         self._producer: AIOKafkaProducer | None = None
         self._starting = asyncio.Lock()
-        self._room = _Room(_IN_FLIGHT_BYTES)
+        self._room = _Room(settings.kafka.max_request)
         self._in_turn = asyncio.Lock()
         self._topics: dict[str, int] = {}
         self._consumers: set[KafkaConsumer] = set()
@@ -73,13 +71,15 @@ class KafkaEventLog:
         self._closed = False
 
     @classmethod
-    async def open(cls, settings: Settings) -> KafkaEventLog:
-        """Connect; raises Transient if no broker answers within the request timeout, Misconfigured if one refuses."""
+    async def open(cls, settings: Settings, *, required: Collection[str] = ()) -> KafkaEventLog:
+        """Connect; raises Transient if no broker answers within the request timeout, Misconfigured if one refuses, and
+        NoTopic if one of the topics that are `required` does not exist."""
         log = cls(settings, await connection(settings.kafka))
         try:
             await start_client(log._admin, settings.kafka, log._options)
             await start_client(log._reader, settings.kafka, log._options)
             await log._started_producer()
+            await log._check(required)
         except BaseException:
             await log.close()
             raise
@@ -90,20 +90,32 @@ class KafkaEventLog:
     async def append(self, messages: Sequence[Message]) -> Sequence[tuple[TopicPartition, int]]:
         """Append in order; see EventLog.append. Raises InvalidEvent for an event that is larger than its topic takes.
 
-        It waits while too much is on its way. A call that was cancelled goes on in the background.
+        It waits while too much is on its way, and sends in parts what is too much by itself. A call that was cancelled
+        goes on in the background.
         """
         if self._closed:
             raise Transient("the event log is closed")
         if not messages:
             return ()
         await self._check({message.topic for message in messages})
-        encoded = [_encode(message) for message in messages]
-        total = 0
-        for record in encoded:
-            total += (size := _size(record))
+        parts: list[list[_Encoded]] = [[]]
+        sizes = [0]
+        for record in map(_encode, messages):
+            size = _size(record)
             if size > self._kafka.max_message and size > (most := largest(record[0], self._kafka)):
                 raise InvalidEvent(f"the event has {size:,} bytes, more than {most:,} (CATALENS_KAFKA__MAX_MESSAGE)")
-        return await asyncio.shield(self._spawn(self._send(encoded, total), "kafka.append"))
+            if parts[-1] and sizes[-1] + size > self._kafka.max_request:
+                parts.append([])
+                sizes.append(0)
+            parts[-1].append(record)
+            sizes[-1] += size
+        return await asyncio.shield(self._spawn(self._send_parts(parts, sizes), "kafka.append"))
+
+    async def _send_parts(
+        self, parts: Sequence[Sequence[_Encoded]], sizes: Sequence[int]
+    ) -> list[tuple[TopicPartition, int]]:
+        """Send one after the other what together is more than a request may hold."""
+        return [place for part, size in zip(parts, sizes, strict=True) for place in await self._send(part, size)]
 
     async def _send(self, records: Sequence[_Encoded], size: int) -> list[tuple[TopicPartition, int]]:
         futures: list[asyncio.Future[Any]] = []
@@ -348,7 +360,7 @@ class KafkaEventLog:
         self._topics = {topic["topic"]: len(topic["partitions"]) for topic in described}
         for topic in topics:
             if topic not in self._topics:
-                raise Misconfigured(f"topic {topic!r} does not exist on Kafka: run `catalens topics apply`")
+                raise NoTopic(f"topic {topic!r} does not exist on Kafka: run `catalens topics apply`")
 
     async def _places(self, topics: Sequence[str]) -> list[TopicPartition]:
         await self._check(topics, fresh=True)  # partitions may have been added
