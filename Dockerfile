@@ -124,6 +124,7 @@ RUN /opt/build/bin/pip --python /opt/catalens install --no-cache-dir --no-deps /
     && /opt/build/bin/cyclonedx-py environment --output-reproducible --output-file /opt/catalens/sbom.cdx.json /opt/catalens
 
 FROM runtime AS standalone
+COPY scripts/qdrant_drill.py /opt/qdrant_drill.py
 COPY --from=env-standalone /opt/catalens /opt/catalens
 ENTRYPOINT ["catalens"]
 CMD ["serve"]

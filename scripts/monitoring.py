@@ -57,6 +57,8 @@ _BUSY: Final = (
     f"sum by (job, tower) (rate(catalens_encoder_busy_seconds_total[{_RATE}])) "
     "/ sum by (job, tower) (catalens_encoder_lanes)"
 )
+_OURS: Final = "and on (job, instance) catalens_build_info"
+"""Of what every process has by these names, in a Prometheus that asks others too."""
 _WORKERS: Final = "count(count by (instance) (catalens_lag_records))"
 _HITS: Final = (
     f'sum(rate(catalens_embedding_cache_total{{result="hit"}}[{_RATE}])) '
@@ -177,9 +179,9 @@ CAPACITY: Final = (
         ((f"sum by (tower) (rate(catalens_encoder_batch_size_sum[{_RATE}])) "
           f"/ sum by (tower) (rate(catalens_encoder_batch_size_count[{_RATE}]))", "{{tower}}"),),
     ),
-    Panel("Memory", (("process_resident_memory_bytes", "{{job}} {{instance}}"),), "bytes"),
-    Panel("Cores in use", ((f"rate(process_cpu_seconds_total[{_RATE}])", "{{job}} {{instance}}"),)),
-    Panel("Open files", (("process_open_fds", "{{job}} {{instance}}"),)),
+    Panel("Memory", ((f"process_resident_memory_bytes {_OURS}", "{{job}} {{instance}}"),), "bytes"),
+    Panel("Cores in use", ((f"rate(process_cpu_seconds_total[{_RATE}]) {_OURS}", "{{job}} {{instance}}"),)),
+    Panel("Open files", ((f"process_open_fds {_OURS}", "{{job}} {{instance}}"),)),
     Panel(
         "Models loaded again", (("sum(increase(catalens_encoder_restarts_total[1h]))", "in 1 h"),),
         told="A model that kept failing: see the runbook.",

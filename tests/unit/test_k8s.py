@@ -24,6 +24,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from scripts.image_check import stages
+from tests.unit.test_cli_arguments import understood
 
 from catalens import events
 from catalens.settings import Settings
@@ -144,7 +145,11 @@ def named(resources: list[Resource], kind: str, name: str) -> Resource:
 def pods(resources: list[Resource]) -> list[tuple[str, Resource]]:
     """Return name and pod template of everything that makes pods."""
     return [
-        (resource["metadata"]["name"], resource["spec"]["template"]) for resource in of(resources, "Deployment", "Job")
+        (
+            resource["metadata"]["name"],
+            resource["spec"].get("jobTemplate", resource)["spec"]["template"],
+        )
+        for resource in of(resources, "CronJob", "Deployment", "Job")
     ]
 
 
@@ -330,11 +335,15 @@ def selects(selector: Resource, labels: dict[str, str]) -> bool:
 
 
 PATHS: Final = {
+    "command": {
+        ("kafka", 9092), ("redis", 6379), ("qdrant", 6334), ("snapshots", 6333), ("pictures", 443), ("pictures", 80),
+        ("dns", 53),
+    },
     "embedder": {("kafka", 9092), ("redis", 6379), ("qdrant", 6334), ("pictures", 443), ("pictures", 80), ("dns", 53)},
     "ingest": {("kafka", 9092), ("redis", 6379), ("pictures", 443), ("pictures", 80), ("dns", 53)},
     "query": {("kafka", 9092), ("redis", 6379), ("qdrant", 6334), ("pictures", 443), ("pictures", 80), ("dns", 53)},
     "topics": {("kafka", 9092), ("dns", 53)},
-}
+}  # fmt: skip
 
 
 def test_pods_reach_what_they_use_and_nothing_else(prod: list[Resource]) -> None:
@@ -582,3 +591,83 @@ def test_prometheus_operators_find_what_carries_their_label(command: list[str], 
         assert pairs.items() <= one["metadata"]["labels"].items()
     for _, template in pods(resources):
         assert not pairs.keys() & template["metadata"]["labels"].keys()
+
+
+def test_the_list_of_tags_reaches_who_reads_it(command: list[str], tmp_path: Path) -> None:
+    """As the guide has it, with a list beside the kustomization."""
+    text = (GUIDE.parent / "tags.md").read_text(encoding="utf-8")
+    (block,) = [found for found in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE) if "configMapGenerator" in found]
+    overlay = tmp_path / "k8s" / "overlays" / "mine"
+    shutil.copytree(K8S, tmp_path / "k8s")
+    overlay.mkdir()
+    (overlay / "tags.json").write_text('{"color": {"labels": ["red", "blue"]}}', encoding="utf-8")
+    kustomization = {"resources": ["../prod"], "namespace": "catalens", **yaml.safe_load(block)}
+    (overlay / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
+    done = subprocess.run([*command, str(overlay)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    resources = list(yaml.load_all(done.stdout, Loader=_LOADER))
+    test_kubernetes_takes_it(resources)
+    test_every_variable_is_a_setting([one for one in resources if "color" not in json.dumps(one.get("data", ""))])
+    for name, template in pods(resources):
+        (container,) = template["spec"]["containers"]
+        told = {entry["name"]: entry["value"] for entry in container.get("env", [])}.get("CATALENS_TAGS_FILE")
+        assert (told is not None) == (name in ("catalens-embedder", "catalens-command"))
+        if told:
+            (volume,) = [one["configMap"]["name"] for one in template["spec"]["volumes"] if one["name"] == "tags"]
+            assert Path(told).name in named(resources, "ConfigMap", volume)["data"]
+            assert str(Path(told).parent) in {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def patched(resource: Resource, patch: list[Resource]) -> Resource:
+    """Return a copy with a JSON patch of `add` at the end of a list or beside a name, and `replace`, carried out."""
+    copy: Resource = json.loads(json.dumps(resource))
+    for step in patch:
+        at: Any = copy
+        *way, last = step["path"].strip("/").split("/")
+        for part in way:
+            at = at[int(part) if isinstance(at, list) else part]
+        if last == "-":
+            at.append(step["value"])
+        else:
+            assert step["op"] == "add" or last in at, step
+            at[last] = step["value"]
+    return copy
+
+
+def test_a_job_of_the_command_line_does_what_the_guides_say(built: dict[Any, list[Resource]]) -> None:
+    """What stands behind `value` is a command, and with it the Job is still one that Kubernetes takes."""
+    said = GUIDE.read_text(encoding="utf-8") + (GUIDE.parent / "backup.md").read_text(encoding="utf-8")
+    patches = [json.loads(found) for found in re.findall(r"\[\s+\{\"op\".*?\}\s+\](?=\'|\n)", said, re.DOTALL)]
+    told: list[tuple[str, ...]] = []
+    for resources in built.values():
+        command = named(resources, "CronJob", "catalens-command")
+        assert command["spec"]["suspend"] is True
+        assert f"--from=cronjob/{command['metadata']['name']} " in said
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **command["spec"]["jobTemplate"]}
+        told = []
+        for patch in [[], *patches]:
+            done = patched(job, patch)
+            test_kubernetes_takes_it([done])
+            (container,) = done["spec"]["template"]["spec"]["containers"]
+            assert {mount["name"] for mount in container["volumeMounts"]} == {
+                volume["name"] for volume in done["spec"]["template"]["spec"]["volumes"]
+            }
+            told.append((*container.get("command", []), *container["args"]))
+            if "command" not in container:
+                understood(container["args"])
+        reads, runs = _container(resources, "catalens-embedder"), _container(resources, "catalens-command")
+        assert [mount["mountPath"] for mount in runs["volumeMounts"]] == [
+            mount["mountPath"] for mount in reads["volumeMounts"]
+        ]
+    assert told == [
+        ("reindex", "--list"),
+        ("reindex", "--model", "siglip2-base"),
+        ("python", "/opt/qdrant_drill.py", "take", "/snapshots/first"),
+    ]
+
+
+def _container(resources: list[Resource], name: str) -> Resource:
+    """Return the one container of the pods of that name."""
+    (container,) = dict(pods(resources))[name]["spec"]["containers"]
+    found: Resource = container
+    return found
