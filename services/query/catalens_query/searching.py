@@ -583,8 +583,8 @@ class Searcher:
             settled = sum(stored.image_status != "pending" for stored in products)
             age = _SAMPLE_AGE if settled == calibration.SAMPLE else settled * _SAMPLE_AGE_EACH
             self._samples[tenant] = now + age, sample
-            while len(self._samples) > _MOST_SAMPLES:
-                del self._samples[next(iter(self._samples))]
+            while len(self._samples) > _MOST_SAMPLES:  # not those of a large catalogue for a small one's
+                del self._samples[min(self._samples, key=lambda one: self._samples[one][0])]
         return sample
 
     async def _reach(self, tenant: str, words: Sequence[Term]) -> float:
