@@ -12,7 +12,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import structlog
@@ -38,6 +38,7 @@ from catalens.engines.edge import EdgeIndex
 from catalens.engines.points import facet_field
 from catalens.engines.rules import short_key
 
+Call: TypeAlias = tuple[str, tuple[object, ...]]
 SPEC = ModelSpec(id="test", revision="1", family="test", dimension=4, fingerprint="f" * 64)
 TENANTS = ("shop", "other")
 KEYS: Sequence[FacetKey] = ("brand", "category", "attributes.color", "in_stock", "group_id")
@@ -292,6 +293,27 @@ async def test_all_tenants_together_have_no_more_columns_than_the_limit(tmp_path
     await shelf.index.close()
 
 
+async def test_who_had_columns_read_is_answered_before_others_take_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = await EdgeIndex.open(tmp_path / "index", SPEC)
+    names = "abcdefgh"
+    await put(index, "shop", **dict.fromkeys(names, "x"))
+    await index.close()
+    for limit, value in (("MAX_COLUMNS", 1), ("READ_REST", 0.0)):
+        monkeypatch.setattr(edge_worker, limit, value)
+    asked = [
+        opening(tmp_path / "index"),
+        *(("facet", ("shop", [([], [])], [(column, 0)], 5)) for column in columns_of(*names)),
+        ("close", ()),
+    ]
+    answers = await asyncio.to_thread(conversation, asked)
+    # Each of them, without being asked again, although there is room for one column.
+    assert [answer for answer in answers if 1 <= answer[0] <= len(names)] == [
+        (number, "ok", [[('"x"', 1)]]) for number in range(1, len(names) + 1)
+    ]
+
+
 @pytest.mark.parametrize(("idle", "kept"), [("600.0", "a"), ("-1.0", "b")])
 async def test_a_filter_takes_the_place_of_what_nobody_asks_for(tmp_path: Path, idle: str, kept: str) -> None:
     folder = tmp_path / "index"
@@ -388,21 +410,25 @@ async def test_calls_that_wait_are_answered_between_two_steps(
     for name, value in (("READ", 2), ("STEP", step), ("READ_REST", rest)):
         monkeypatch.setattr(edge_worker, name, value)
     facet, calls = 1, range(2, 50)
-    asked: list[tuple[str, tuple[object, ...]]] = [
-        ("open", (str(tmp_path / "index"), asdict(SPEC), POINT_NAMESPACE.bytes, 1_000_000)),
+    asked = [
+        opening(tmp_path / "index"),
         ("facet", ("shop", [([], [])], [(facet_field("brand"), 0)], 5)),
         *(("counts", ("shop",)) for _ in calls),
         ("close", ()),
     ]
-    answered = await asyncio.to_thread(conversation, asked)
+    answered = [number for number, _, _ in await asyncio.to_thread(conversation, asked)]
     assert [number for number in answered if number != facet] == [0, *calls, len(asked) - 1]
     # Before the second call the first step is done, before each other one the next.
     assert (answered.index(facet) - 1 if facet in answered else None) == counts
 
 
-def conversation(asked: Sequence[tuple[str, tuple[object, ...]]]) -> list[int]:
-    """Return which are answered, in that order, of calls that wait all at once: so no step is between two of them that
-    finds nobody waiting."""
+def opening(index_folder: Path) -> Call:
+    return "open", (str(index_folder), asdict(SPEC), POINT_NAMESPACE.bytes, 1_000_000)
+
+
+def conversation(asked: Sequence[Call]) -> list[tuple[int, str, Any]]:
+    """Return which are answered, in that order, and what, of calls that wait all at once: so no step is between two of
+    them that finds nobody waiting."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for number, (method, arguments) in enumerate(asked):
@@ -414,9 +440,9 @@ def conversation(asked: Sequence[tuple[str, tuple[object, ...]]]) -> list[int]:
         answers = []
         with contextlib.suppress(EOFError):
             while True:
-                length, number, _ = edge_worker.ANSWER.unpack(edge_worker._read(ours, edge_worker.ANSWER.size))
-                edge_worker._read(ours, length)
-                answers.append(number)
+                length, number, kind = edge_worker.ANSWER.unpack(edge_worker._read(ours, edge_worker.ANSWER.size))
+                value = pickle.loads(edge_worker._read(ours, length))  # noqa: S301  # of a worker that runs here
+                answers.append((number, kind.decode(), value))
         return answers
 
 
@@ -430,14 +456,14 @@ async def test_tenants_columns_are_read_in_turns(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(edge_worker, name, value)
     large, small = 1, 2
     facet: tuple[object, ...] = ([([], [])], [(facet_field("brand"), 0)], 5)
-    asked: list[tuple[str, tuple[object, ...]]] = [
-        ("open", (str(tmp_path / "index"), asdict(SPEC), POINT_NAMESPACE.bytes, 1_000_000)),
+    asked = [
+        opening(tmp_path / "index"),
         ("facet", ("large", *facet)),
         ("facet", ("small", *facet)),
         *(("counts", ("small",)) for _ in range(50)),
         ("close", ()),
     ]
-    answered = await asyncio.to_thread(conversation, asked)
+    answered = [number for number, _, _ in await asyncio.to_thread(conversation, asked)]
     # One step before each call: two of the small one's products in each other step, so in the fourth it has all.
     assert answered.index(small) < 6
     assert answered.index(large) > 30

@@ -1204,18 +1204,26 @@ def _send(connection: socket.socket, number: int, kind: str, value: object) -> N
     connection.sendall(ANSWER.pack(len(body), number, kind.encode()) + body)
 
 
-def _tend_until_called(connection: socket.socket, store: Store, waiting: dict[int, str]) -> None:
-    """Return when a call is there; before it, and while none is, do what is due. Who was `waiting` for a tenant's
-    columns is told to ask again when they are read: first who asked first, so that nobody's go before he has them."""
+def _tend_until_called(
+    connection: socket.socket, store: Store, waiting: dict[int, tuple[str, str, Any]]
+) -> tuple[int, str, Any] | None:
+    """Return when a call is there; before it, and while none is, do what is due.
+
+    Of those who were `waiting` for a tenant's columns that are read now, the first, for whom they were read, is
+    returned to be answered before others are read, which could take their place. The rest are told to ask again."""
     seconds: float | None = 0.0
     called = False
     while not called:
         ready, _, _ = select.select([connection.fileno(), *store.news], [], [], seconds)
         called = connection.fileno() in ready
         seconds = store.tend(called=called)
-        for number in [number for number, tenant in waiting.items() if not store.reads(tenant)]:
+        numbers = [number for number, (tenant, _, _) in waiting.items() if not store.reads(tenant)]
+        for number in numbers[1:]:
             _send(connection, number, "again", None)
             del waiting[number]
+        if numbers:
+            return (numbers[0], *waiting.pop(numbers[0])[1:])
+    return None
 
 
 def serve(connection: socket.socket) -> None:
@@ -1232,15 +1240,15 @@ def serve(connection: socket.socket) -> None:
         return
     _send(connection, number, "ok", {"lost_batches": store.lost_batches, "points": len(store.directory.entries)})
     gc.freeze()  # what is kept of every point is no garbage, and looking through it would stop all calls
-    waiting: dict[int, str] = {}
+    waiting: dict[int, tuple[str, str, Any]] = {}
+    """The calls that wait for the columns of a tenant."""
     method = ""
     while method != "close":
-        _tend_until_called(connection, store, waiting)
-        number, method, arguments = _receive(connection)
+        number, method, arguments = _tend_until_called(connection, store, waiting) or _receive(connection)
         try:
             kind, value = "ok", getattr(store, method)(*arguments)
         except Unread as unread:
-            waiting[number] = unread.tenant
+            waiting[number] = unread.tenant, method, arguments
             continue
         except Refusal as refusal:
             kind, value = refusal.kind, str(refusal)
