@@ -467,3 +467,35 @@ async def test_tenants_columns_are_read_in_turns(tmp_path: Path, monkeypatch: py
     # One step before each call: two of the small one's products in each other step, so in the fourth it has all.
     assert answered.index(small) < 6
     assert answered.index(large) > 30
+
+
+async def test_what_a_call_waits_with_is_not_taken_by_another_tenant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = await EdgeIndex.open(tmp_path / "index", SPEC)
+    for tenant, count in (("large", 60), ("small", 2)):
+        made = [
+            Product(product_id=f"p{number}", name="n", version=1, offer_version=1, brand="B", stock=1)
+            for number in range(count)
+        ]
+        await index.upsert([IndexDocument(tenant, product, "none") for product in made])
+    await index.close()
+    for name, value in (("READ", 2), ("STEP", 0.0), ("READ_REST", 0.0), ("MAX_ALL_COLUMNS", 1)):
+        monkeypatch.setattr(edge_worker, name, value)
+    brand, stock = (facet_field("brand"), 0), ("in_stock", 0)
+    step: Call = ("counts", ("large",))  # before each call there is one
+    asked: list[Call] = [
+        opening(tmp_path / "index"),
+        ("facet", ("large", [([], [])], [brand], 5)),
+        *[step] * 40,
+        ("facet", ("large", [([], [])], [brand, stock], 5)),
+        ("facet", ("small", [([], [])], [brand], 5)),
+        *[step] * 40,  # too few to read the large one's twice
+        ("close", ()),
+    ]
+    answers = {number: value for number, _, value in await asyncio.to_thread(conversation, asked)}
+    assert [answers.get(number) for number, (method, _) in enumerate(asked) if method == "facet"] == [
+        [[('"B"', 60)]],
+        [[('"B"', 60)], [(1, 60)]],
+        [[('"B"', 2)]],
+    ]

@@ -754,6 +754,8 @@ class Store:
         for key in set(work.keys):
             if columns.NAMES in work.keys and _is_named(key) and not table.named(key):
                 self._kept.drop(work.tenant, key)
+        for other in self._readings.values():  # or it would be gone when the rest of it is read
+            self._kept.ask(other.tenant, other.needed, now)
         for tenant, key in self._kept.settle(work.tenant, work.needed, now):
             self.directory.tenants[tenant].table.forget(key)
         try:
