@@ -165,6 +165,8 @@ async def test_columns_are_there_again_after_a_restart(tmp_path: Path) -> None:
         pytest.param("{", id="broken"),
         pytest.param('[1, null, ["shop"], ["shop", 1], ["nobody", "in_stock"]]', id="odd"),
         pytest.param(json.dumps(["in_stock", facet_field("attributes.color")]), id="of the release before"),
+        pytest.param('[["shop", "]["], ["shop", ""], ["shop", "offer"], ["shop", "tenant.x"]]', id="no columns"),
+        pytest.param('[["shop", "names"]]', id="a column that needs more than itself"),
     ],
 )
 async def test_a_damaged_memory_of_columns_costs_only_time(tmp_path: Path, content: str) -> None:

@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import select
 import shutil
 import signal
@@ -994,9 +995,13 @@ def _remembered(path: Path) -> list[tuple[str, str]]:
         (one[0], one[1])
         for one in (said if isinstance(said, list) else ())  # of an earlier release, without tenants
         if isinstance(one, list) and len(one) == 2 and all(isinstance(name, str) for name in one)
+        if _COLUMN.fullmatch(one[1])  # nor of a later one, which may have others
     ]
     last = list(dict.fromkeys(key for _, key in reversed(pairs)))[:MAX_REMEMBERED]
     return [(tenant, key) for tenant, key in pairs if key in last]
+
+
+_COLUMN: Final = re.compile(r"(facets|numbers)\.n[0-9a-f]{16}|offer\.(price|stock|currency)|in_stock|image_status")
 
 
 def _remember(path: Path, kept: Iterable[tuple[str, str]]) -> None:
