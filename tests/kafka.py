@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic  # type: ignore[import-untyped]  # it has no py.typed
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it has no py.typed
+from tests.missing import missing
 
 from catalens.settings import KafkaSettings, Settings
 
@@ -83,10 +83,8 @@ def running_kafka(folder: Path) -> Iterator[str]:
 
 def need_kafka() -> None:
     """Skip the test where no broker can be started; with CI=true that is a failure."""
-    if missing := kafka_missing():
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
+    if reason := kafka_missing():
+        missing(reason)
 
 
 def kafka_settings(bootstrap: str, **more: Any) -> Settings:

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-import pytest
 import redis
+from tests.missing import missing
 
 EXECUTABLE: Final = shutil.which("redis-server")
 _START_SECONDS: Final = 30.0
@@ -24,7 +24,7 @@ _START_SECONDS: Final = 30.0
 def need_server() -> None:
     """Skip the test where no redis-server is installed; with CI=true that is a failure."""
     if EXECUTABLE is None:
-        _missing("there is no redis-server on PATH: run scripts/ensure-redis")
+        missing("there is no redis-server on PATH: run scripts/ensure-redis")
 
 
 @contextmanager
@@ -127,12 +127,6 @@ class RedisServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def _missing(reason: str) -> None:
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def _empty(url: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, expect, sync_playwright
 from tests.browser.shop import chromium, demo_shop, launch
+from tests.missing import missing
 
 # Two shared cores with an encoder beside the browser are slow at times; a condition that holds ends the wait.
 expect.set_options(timeout=20_000)
@@ -47,10 +47,7 @@ def browser() -> Iterator[Browser]:
     """One Chromium for all tests; each test has a context, hence a profile, of its own."""
     executable = chromium()
     if executable is None:
-        reason = "no Chromium: run scripts/ensure-chromium, or set CATALENS_CHROMIUM to its path"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing("no Chromium: run scripts/ensure-chromium, or set CATALENS_CHROMIUM to its path")
     with sync_playwright() as playwright:
         running = launch(playwright, executable)
         yield running

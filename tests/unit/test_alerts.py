@@ -5,7 +5,6 @@ promtool is of the package `prometheus`; scripts/ensure-promtool fetches it.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from scripts import monitoring
+from tests.missing import missing
 from tests.unit.test_monitoring import queries, rules
 
 from catalens.telemetry import Metrics
@@ -26,10 +26,7 @@ def promtool() -> str:
     """Prometheus's tool for rules."""
     found = shutil.which("promtool") or shutil.which("promtool", path=str(monitoring.ROOT / ".cache" / "bin"))
     if found is None:
-        reason = "there is no promtool: run scripts/ensure-promtool"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing("there is no promtool: run scripts/ensure-promtool")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,3 +58,16 @@ async def test_vectors_are_kept_as_float32() -> None:
     (found,) = await cache.get(["key"])
     assert found is not None
     assert found.dtype == np.float32
+
+
+async def test_vectors_of_a_model_that_is_not_used_any_more_take_no_memory() -> None:
+    cache = MemoryCache(600)
+    tracemalloc.start()
+    try:
+        await cache.put({f"old {number}": np.ones(4096, np.float32) for number in range(600)})
+        full, _ = tracemalloc.get_traced_memory()
+        await cache.put({f"new {number}": np.ones(8, np.float32) for number in range(600)})
+        left, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert full > 600 * 4096 * 4 > 10 * left
